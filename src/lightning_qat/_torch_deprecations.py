@@ -1,0 +1,19 @@
+"""The one place where warnings are silenced: those of torch about its own deprecated parts.
+
+Eager quantisation (torch.ao) and TorchScript are deprecated and work in every torch that this
+package supports; nobody who uses it can act on those warnings. Warnings about our code still show.
+"""
+
+import warnings
+
+# (start of the message as a regular expression, category)
+FILTERS: list[tuple[str, type[Warning]]] = [
+    (r"torch\.ao\.quantization is deprecated", DeprecationWarning),
+    (r"`torch\.jit\.\w+` is deprecated", Warning),
+]
+
+
+def ignore() -> None:
+    """Add the filters to this process."""
+    for message, category in FILTERS:
+        warnings.filterwarnings("ignore", message=message, category=category)

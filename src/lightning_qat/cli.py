@@ -1,0 +1,85 @@
+"""Exit statuses, which Hydra by itself does not give: 0 done, 2 the user's mistake, 1 ours.
+
+Hydra ends with 1 for what it refuses, prints a traceback for every exception in a job and then
+skips the jobs after it. So a job's errors are caught inside the task, kept in a file, and turned
+into a status here. In a multirun, ``report.sweep`` turns the files into the worst status.
+"""
+
+import functools
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_qat.errors import UserError
+
+DONE, OUR_FAULT, USERS_MISTAKE = 0, 1, 2
+FAILURE_FILE = "failure.json"
+
+log = logging.getLogger(__name__)
+_a_job_has_started = False
+
+
+def worst(statuses: Iterable[int]) -> int:
+    """The status that matters most: a fault of ours, then a user's mistake, then success."""
+    return max(statuses, key=(DONE, USERS_MISTAKE, OUR_FAULT).index, default=DONE)
+
+
+def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """Wrap the task that Hydra calls, so that one failed job does not stop a multirun."""
+
+    @functools.wraps(task)
+    def guarded(cfg: DictConfig) -> None:
+        global _a_job_has_started
+        _a_job_has_started = True
+        hydra = HydraConfig.get()
+        failure = Path(hydra.runtime.output_dir) / FAILURE_FILE
+        failure.unlink(missing_ok=True)
+        try:
+            task(cfg)
+        except Exception as error:
+            message = users_mistake(error)
+            if message is None:
+                status, message = OUR_FAULT, f"{type(error).__name__}: {error}"
+                log.error("%s", traceback.format_exc())
+            else:
+                status = USERS_MISTAKE
+                log.error("%s", message)
+            failure.write_text(json.dumps({"status": status, "message": message}) + "\n")
+            if hydra.mode == RunMode.RUN:
+                sys.exit(status)
+
+    return guarded
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call the function that ``hydra.main`` made, and give what Hydra refuses the status 2."""
+    try:
+        main()
+    except SystemExit as end:
+        if end.code and not _a_job_has_started:
+            sys.exit(USERS_MISTAKE)
+        raise
+
+
+def users_mistake(error: BaseException | None) -> str | None:
+    """The message for the user where the cause is a mistake of theirs, else None."""
+    while error is not None:
+        if isinstance(error, UserError | OmegaConfBaseException):
+            return str(error)
+        if type(error).__name__ == "MisconfigurationException":  # Lightning's name for the same
+            return str(error)
+        if "Error(s) in loading state_dict" in str(error) and isinstance(error, RuntimeError):
+            return (
+                f"the checkpoint in ckpt_path is of another run (another stage, model or class "
+                f"count): {str(error).splitlines()[0]} Name the last.ckpt of the run to continue."
+            )
+        error = error.__cause__
+    return None

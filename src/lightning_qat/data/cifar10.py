@@ -1,0 +1,84 @@
+"""CIFAR-10: 50,000 training and 10,000 test images of 32 x 32 pixels in ten classes."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lightning_qat.data.augment import PaddingMode
+from lightning_qat.data.cifar10_cache import build_cache, read_cache
+from lightning_qat.data.cifar10_records import CIFAR10_SHA1, TEST_BATCH, TRAIN_BATCHES, unpacked
+from lightning_qat.data.image_datamodule import ImageDataModule, LabelledImages
+from lightning_qat.errors import UserError
+
+CIFAR10_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+
+
+class CIFAR10DataModule(ImageDataModule):
+    """CIFAR-10, byte for byte the official images, whichever source they come from.
+
+    Args:
+        root: folder of the decoded cache `cifar10.npz`; official files lying there are used,
+            else the images are fetched.
+        sha1: digest of each batch in the official binary layout.
+
+    For the other arguments see `ImageDataModule`.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        sha1: Mapping[str, str] = CIFAR10_SHA1,
+        batch_size: int = 128,
+        val_size: int = 5000,
+        seed: int = 0,
+        mean: Sequence[float] = (0.4914, 0.4822, 0.4465),
+        std: Sequence[float] = (0.2470, 0.2435, 0.2616),
+        crop_padding: int = 4,
+        padding_mode: PaddingMode = "reflect",
+        flip: bool = True,
+    ) -> None:
+        super().__init__(
+            class_names=CIFAR10_CLASSES,
+            image_size=32,
+            batch_size=batch_size,
+            val_size=val_size,
+            seed=seed,
+            mean=mean,
+            std=std,
+            crop_padding=crop_padding,
+            padding_mode=padding_mode,
+            flip=flip,
+        )
+        self.root = Path(root).expanduser()
+        self.sha1 = dict(sha1)
+
+    def prepare_data(self) -> None:
+        """Make the cache where it is not there; safe in several processes at once.
+
+        Raises:
+            UserError: no source has the images, one has wrong ones, or `root` is of no use.
+        """
+        build_cache(self.root, self.sha1)
+
+    def load(self) -> tuple[LabelledImages, LabelledImages]:
+        """Training and test images from the cache."""
+        batches = read_cache(self.root, self.sha1)
+        if batches is None:
+            raise UserError(
+                f"The CIFAR-10 cache in {self.root} is missing or damaged: call prepare_data() "
+                "before setup(); on several machines, give data.root a folder they share."
+            )
+        train = unpacked([batches[name] for name in TRAIN_BATCHES])
+        test = unpacked([batches[TEST_BATCH]])
+        return LabelledImages(*train), LabelledImages(*test)

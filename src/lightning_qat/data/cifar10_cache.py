@@ -1,0 +1,76 @@
+"""The decoded copy of CIFAR-10 on disk: read whole and checked, or made anew."""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from lightning_qat.data.cifar10_records import BATCHES, Records, check_digests
+from lightning_qat.data.cifar10_source import obtain
+from lightning_qat.errors import UserError
+
+log = logging.getLogger(__name__)
+
+CACHE_NAME = "cifar10.npz"
+
+
+def build_cache(root: Path, sha1: Mapping[str, str]) -> None:
+    """Make the cache in `root` unless an intact one is there.
+
+    Of several processes that come at once, one works and the others wait for it.
+
+    Raises:
+        UserError: no source has the images, one has wrong ones, or `root` cannot be written to.
+    """
+    if read_cache(root, sha1) is not None:
+        return
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{CACHE_NAME}.lock"):
+            if read_cache(root, sha1) is None:
+                _write(root / CACHE_NAME, obtain(root, sha1))
+    except OSError as error:
+        raise UserError(
+            f"CIFAR-10 cannot be kept in {root}: {error}. Free some space there (the cache needs "
+            "185 MB, a download as much again), make it a folder you may write to, or name another "
+            "one with data.root=... or the environment variable CIFAR10_ROOT."
+        ) from error
+
+
+def read_cache(root: Path, sha1: Mapping[str, str]) -> dict[str, Records] | None:
+    """The batches in the cache; None where it is missing, damaged, or holds something else.
+
+    Raises:
+        UserError: the cache is there and may not be read.
+    """
+    path = root / CACHE_NAME
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            batches = {name: content[name] for name in BATCHES}
+        check_digests(batches, sha1)
+        return batches
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (PermissionError, IsADirectoryError) as error:
+        raise UserError(
+            f"The CIFAR-10 cache cannot be read: {error}. Make {path} a readable file, delete it, "
+            "or name another folder with data.root=... or the environment variable CIFAR10_ROOT."
+        ) from error
+    except Exception as error:  # damaged zip files make numpy raise nearly anything
+        log.warning("The CIFAR-10 cache %s is damaged and will be made anew: %s", path, error)
+        return None
+
+
+def _write(path: Path, batches: Mapping[str, Records]) -> None:
+    """Atomically: the file is there whole or not at all."""
+    # a fixed name, since the caller holds the lock: what a killed process left is overwritten
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            np.savez(file, allow_pickle=False, **batches)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,91 @@
+"""CIFAR-10 from files: the folders and archives it is published in."""
+
+import tarfile
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.progress import Progress
+
+from lightning_qat.data.cifar10_decode import (
+    BINARY_MEMBERS,
+    PICKLE_MEMBERS,
+    PNG_MEMBERS,
+    decode_binary,
+    decode_pickle,
+    decode_png,
+)
+from lightning_qat.data.cifar10_records import BATCHES, Records, WrongContentError
+from lightning_qat.data.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of publication: the members of a folder (or of that folder in an archive)."""
+
+    folder: str
+    members: Collection[str]
+    decode_batch: Callable[[Mapping[str, bytes], str], Records]
+
+
+PYTHON = Form("cifar-10-batches-py", PICKLE_MEMBERS, decode_pickle)
+BINARY = Form("cifar-10-batches-bin", BINARY_MEMBERS, decode_binary)
+NPM = Form("package", PNG_MEMBERS, decode_png)
+
+LOCAL_SOURCES = {
+    PYTHON.folder: PYTHON,
+    BINARY.folder: BINARY,
+    "cifar-10-python.tar.gz": PYTHON,
+    "cifar-10-binary.tar.gz": BINARY,
+}
+"""What users may have put into the root, by its name there."""
+
+
+def find_local(root: Path) -> tuple[Path, Form] | None:
+    """The first official folder or archive that lies in `root`, unpacked ones first."""
+    for name, form in LOCAL_SOURCES.items():
+        if (root / name).exists():
+            return root / name, form
+    return None
+
+
+def decode(path: Path, form: Form) -> dict[str, Records]:
+    """All six batches of a folder or archive, digests not yet checked.
+
+    Raises:
+        WrongContentError: the file is damaged, incomplete, unreadable or not of this form.
+    """
+    batches = {}
+    reading = "it"
+    with progress_bar() as progress:
+        try:
+            read = _read_folder if path.is_dir() else _read_archive
+            members = read(path, form, progress)
+            for reading in progress.track(BATCHES, description=f"Decoding {path.name}"):
+                batches[reading] = form.decode_batch(members, reading)
+        except Exception as error:  # damaged or hostile bytes make decoders raise nearly anything
+            raise WrongContentError(
+                f"{reading} cannot be read as CIFAR-10: {type(error).__name__}: {error}."
+            ) from error
+    return batches
+
+
+def _read_folder(path: Path, form: Form, progress: Progress) -> dict[str, bytes]:
+    names = progress.track(sorted(form.members), description=f"Reading {path.name}")
+    return {name: (path / name).read_bytes() for name in names}
+
+
+def _read_archive(path: Path, form: Form, progress: Progress) -> dict[str, bytes]:
+    """Nothing is written to disk: a member's name can do no harm."""
+    members = {}
+    expected = {f"{form.folder}/{name}": name for name in form.members}
+    with (
+        progress.open(path, "rb", description=f"Reading {path.name}") as packed,
+        tarfile.open(fileobj=packed, mode="r|gz") as archive,
+    ):
+        for entry in archive:
+            if entry.name in expected and (content := archive.extractfile(entry)):
+                members[expected[entry.name]] = content.read()
+    if missing := sorted(set(form.members) - set(members)):
+        raise ValueError(f"{', '.join(missing)} not in it")
+    return members

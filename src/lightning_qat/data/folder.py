@@ -1,0 +1,116 @@
+"""The user's own images: one folder per class."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import find_classes
+from torchvision.transforms.functional import center_crop, resize
+
+from lightning_qat.data.augment import PaddingMode
+from lightning_qat.data.image_datamodule import ImageDataModule, LabelledImages
+from lightning_qat.data.progress import progress_bar
+from lightning_qat.errors import UserError
+
+LAYOUT = "Put the images into root/train/<class>/ and root/test/<class>/."
+
+
+class FolderDataModule(ImageDataModule):
+    """Images in `root/train/<class>/` and `root/test/<class>/`, decoded once into memory.
+
+    They are turned as their EXIF data say, brought to RGB, resized so that the short side
+    measures `image_size`, and cut to the square in the middle. An image takes
+    3 * image_size**2 bytes of memory.
+
+    Args:
+        root: folder that holds `train` and `test`, with the same classes.
+        image_size: height and width of what the network sees, in pixels.
+        mean, std: ImageNet's unless given.
+
+    For the other arguments see `ImageDataModule`; without `val_size` there is no validation.
+
+    Raises:
+        UserError: a folder is missing.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        image_size: int = 32,
+        batch_size: int = 128,
+        val_size: int = 0,
+        seed: int = 0,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        crop_padding: int = 4,
+        padding_mode: PaddingMode = "reflect",
+        flip: bool = True,
+    ) -> None:
+        self.root = Path(root).expanduser()
+        super().__init__(
+            class_names=_class_names(self.root / "train"),
+            image_size=image_size,
+            batch_size=batch_size,
+            val_size=val_size,
+            seed=seed,
+            mean=mean,
+            std=std,
+            crop_padding=crop_padding,
+            padding_mode=padding_mode,
+            flip=flip,
+        )
+
+    def load(self) -> tuple[LabelledImages, LabelledImages]:
+        """Decode every image.
+
+        Raises:
+            UserError: a class is empty or in one folder only, or an image cannot be decoded.
+        """
+        in_test = _class_names(self.root / "test")
+        if differing := sorted(set(self.class_names) ^ set(in_test)):
+            raise UserError(
+                f"The classes {', '.join(differing)} are in only one of {self.root / 'train'} and "
+                f"{self.root / 'test'}: both need the same classes. {LAYOUT}"
+            )
+        return self._decoded(self.root / "train"), self._decoded(self.root / "test")
+
+    def _decoded(self, folder: Path) -> LabelledImages:
+        try:
+            samples = ImageFolder(folder).samples
+        except OSError as error:
+            raise UserError(
+                f"{error}. Add images, or remove the class from train and test."
+            ) from error
+        images = np.empty((len(samples), self.image_size, self.image_size, 3), np.uint8)
+        with progress_bar() as progress:
+            description = f"Decoding {folder}"
+            for image, (path, _) in zip(
+                images, progress.track(samples, description=description), strict=True
+            ):
+                image[:] = np.asarray(_decode(path, self.image_size))
+        labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
+        return LabelledImages(torch.from_numpy(images), labels)
+
+
+def _class_names(folder: Path) -> list[str]:
+    try:
+        names: list[str] = find_classes(folder)[0]
+        return names
+    except OSError as error:
+        raise UserError(f"{folder} holds no class folders: {error}. {LAYOUT}") from error
+
+
+def _decode(path: str, size: int) -> Image.Image:
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+    except Exception as error:  # a damaged image makes PIL raise nearly anything
+        raise UserError(
+            f"{path} cannot be decoded: {error}. Replace it with an intact image or remove it."
+        ) from error
+    square: Image.Image = center_crop(resize(image, [size]), [size, size])
+    return square

@@ -1,0 +1,211 @@
+"""What all image data sets share: the split, the order, the loaders, and the step to float."""
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lightning_qat.data.augment import Augmentation, PaddingMode, derived_seed
+from lightning_qat.errors import UserError
+
+EVAL_BATCH_SIZE = 250  # without gradients, larger batches fit
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+class LabelledImages(NamedTuple):
+    """Images uint8, N x H x W x 3; labels int64, N."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class ImageSubset(Dataset[Batch]):
+    """Some images of a larger set, fetched a batch at a time and not copied before that."""
+
+    def __init__(self, data: LabelledImages, indices: Tensor) -> None:
+        self.data, self.indices = data, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitems__(self, positions: list[int]) -> Batch:
+        """Images uint8 N x H x W x 3, labels int64 N, and their indices int64 N in the set."""
+        indices = self.indices[positions]
+        return self.data.images[indices], self.data.labels[indices], indices
+
+
+def _as_fetched(batch: Any) -> Any:
+    """The collate function: `ImageSubset` already gives whole batches."""
+    return batch
+
+
+class ImageDataModule(pl.LightningDataModule):
+    """Square RGB images in memory; a subclass says which, in `load`.
+
+    The loaders give (uint8 images N x H x W x 3, int64 labels, int64 indices);
+    `on_after_batch_transfer` makes of them, on the device, (float32 images N x 3 x H x W in
+    [0, 1], channels_last, labels). Images are augmented in training only. Order and augmentation
+    come from (seed, epoch) alone, so a resumed run sees what the whole one would have.
+
+    Args:
+        class_names: one name per class, in the order of the labels.
+        image_size: height and width in pixels.
+        batch_size: training images per step and process.
+        val_size: images of the training set kept for validation: a stratified choice, the same
+            for every `seed`. 0 = no validation.
+        seed: decides order and augmentation.
+        mean, std: per channel, of images in [0, 1]. Only kept here: the network normalises.
+        crop_padding: pixels around an image before a random crop; 0 = no crop.
+        padding_mode: `reflect` or `constant` (zeros).
+        flip: mirror training images left-right at random.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    max_value = 255
+    """The pixel value that stands for 1."""
+
+    def __init__(
+        self,
+        *,
+        class_names: Sequence[str],
+        image_size: int,
+        batch_size: int,
+        val_size: int,
+        seed: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        crop_padding: int,
+        padding_mode: PaddingMode,
+        flip: bool,
+    ) -> None:
+        super().__init__()
+        self.class_names = list(class_names)
+        self.num_classes = len(self.class_names)
+        self.image_size = checked_int("image_size", image_size, lowest=1)
+        self.batch_size = checked_int("batch_size", batch_size, lowest=1)
+        self.val_size = checked_int("val_size", val_size, lowest=0)
+        self.seed = checked_int("seed", seed, lowest=0)
+        self.crop_padding = checked_int("crop_padding", crop_padding, lowest=0)
+        if padding_mode not in ("reflect", "constant"):
+            raise UserError(
+                f"padding_mode={padding_mode!r} does not exist: set it to 'reflect' or 'constant'."
+            )
+        self.padding_mode: PaddingMode = padding_mode
+        self.flip = flip
+        self.mean = tuple(float(value) for value in mean)
+        self.std = tuple(float(value) for value in std)
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise UserError("mean and std need three values each, for red, green and blue.")
+        self._is_loaded = False
+
+    @abstractmethod
+    def load(self) -> tuple[LabelledImages, LabelledImages]:
+        """The training set (validation included) and the test set."""
+
+    def setup(self, stage: str) -> None:
+        """Load and split once, whatever the stage.
+
+        Raises:
+            UserError: `val_size` leaves some class without an image on one side.
+        """
+        if self._is_loaded:
+            return
+        # the images lie in memory and a batch is one gather: worker processes would only slow it
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        if not self.val_size:  # then it is meant
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+        self._train, self._test = self.load()
+        self._train_indices, self._val_indices = self._split(self._train.labels)
+        self._augmentation = Augmentation(
+            count=len(self._train.labels),
+            size=self.image_size,
+            padding=self.crop_padding,
+            padding_mode=self.padding_mode,
+            flip=self.flip,
+            seed=self.seed,
+        )
+        self._is_loaded = True
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled by (seed, epoch): Lightning tells the sampler the epoch."""
+        dataset = ImageSubset(self._train, self._train_indices)
+        sampler: DistributedSampler[Batch] = DistributedSampler(
+            dataset,
+            num_replicas=self.trainer.world_size if self.trainer else 1,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            seed=derived_seed(self.seed),
+        )
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            # batch-norm cannot train on one image; more than one are worth keeping
+            drop_last=self.batch_size > 1 and len(sampler) % self.batch_size == 1,
+            collate_fn=_as_fetched,
+        )
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """In order; no loader at all where `val_size` is 0."""
+        if not self.val_size:
+            return []
+        return self._eval_dataloader(ImageSubset(self._train, self._val_indices))
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """The whole test set, in order."""
+        return self._eval_dataloader(ImageSubset(self._test, torch.arange(len(self._test.labels))))
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Float32 images N x 3 x H x W in [0, 1], channels_last, and int64 labels N."""
+        images, labels, indices = batch
+        if self.trainer is not None and self.trainer.training:
+            images = self._augmentation(images, indices, self.trainer.current_epoch)
+        # a tensor as divisor: by a Python number, CUDA multiplies with the rounded reciprocal
+        scale = torch.tensor(float(self.max_value), device=images.device)
+        return images.permute(0, 3, 1, 2).float().div_(scale), labels
+
+    def _eval_dataloader(self, dataset: ImageSubset) -> DataLoader[Batch]:
+        batch_size = max(self.batch_size, EVAL_BATCH_SIZE)
+        return DataLoader(dataset, batch_size=batch_size, collate_fn=_as_fetched)
+
+    def _split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices of the training and of the validation images, int64, ascending."""
+        everything = np.arange(len(labels))
+        if not self.val_size:
+            return torch.from_numpy(everything), torch.empty(0, dtype=torch.int64)
+        # a share of 1 / rarest on either side leaves each class at least one image there
+        counts = torch.bincount(labels)
+        rarest = int(counts[counts > 0].min())
+        lowest = -(-len(labels) // rarest)
+        highest = len(labels) - lowest
+        if not lowest <= self.val_size <= highest:
+            permitted = f"a number from {lowest} to {highest}, or 0" if lowest <= highest else "0"
+            raise UserError(
+                f"val_size={self.val_size} cannot be taken from {len(labels)} training images: "
+                "every class needs an image on both sides of the stratified split. "
+                f"Set it to {permitted} for no validation."
+            )
+        train, val = train_test_split(
+            everything, test_size=self.val_size, stratify=labels.numpy(), random_state=0
+        )
+        return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(val))
+
+
+def checked_int(name: str, value: int, lowest: int) -> int:
+    """`value` itself.
+
+    Raises:
+        UserError: it is no integer, or less than `lowest`.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+        raise UserError(f"{name}={value!r} is not permitted: set it to an integer >= {lowest}.")
+    return value

@@ -1,0 +1,10 @@
+"""The progress bar of downloads and decoding."""
+
+from rich.console import Console
+from rich.progress import Progress
+
+
+def progress_bar() -> Progress:
+    """A bar on stderr that vanishes when done; silent where stderr is not a terminal."""
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)

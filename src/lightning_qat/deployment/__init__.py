@@ -1,0 +1,1 @@
+"""From a network to files that classify images, and what those are worth."""

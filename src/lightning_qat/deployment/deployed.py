@@ -1,0 +1,43 @@
+"""The model as it is handed over: pixels in, logits out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+class DeployedModel(nn.Module):
+    """A network with its normalisation in front.
+
+    Args:
+        net: normalised images -> logits, float32 in and out.
+        mean, std: per channel, of images in [0, 1].
+    """
+
+    def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """RGB images N x 3 x H x W, float32 in [0, 1] -> logits N x classes, float32."""
+        return self.net((images - self.mean) / self.std)
+
+
+def torchscript(model: nn.Module) -> torch.jit.ScriptModule:
+    """``model`` scripted and frozen: weights and normalisation become constants."""
+    return torch.jit.freeze(torch.jit.script(model.eval()))
+
+
+def save_torchscript(scripted: torch.jit.ScriptModule, path: Path) -> int:
+    """Write ``scripted``, whole or not at all, and return the size of the file in bytes."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        scripted.save(str(partial))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path.stat().st_size

@@ -1,0 +1,130 @@
+"""The LightningModule: cross-entropy, SGD, a schedule, accuracy."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_qat.checkpoint import load_weights
+from lightning_qat.errors import UserError
+
+LOSS_CHECK_EVERY = 50  # steps: looking at the loss makes a GPU wait
+
+
+class ImageClassifier(pl.LightningModule):
+    """Trains a network to classify images.
+
+    Args:
+        net: makes the network for ``num_classes``: normalised images N x 3 x H x W, float32 ->
+            logits N x ``num_classes``.
+        num_classes: how many classes.
+        mean, std: normalisation of images in [0, 1], per channel.
+        learning_rate: of SGD; with the one-cycle schedule its peak.
+        momentum, nesterov, weight_decay: of SGD.
+        milestones: epochs that divide the learning rate by ten. None = one cycle (Smith and Topin,
+            "Super-Convergence", 2018), stepped every batch.
+        weights: checkpoint of this class, or state dict of ``net``, to start from.
+        weights_hint: what to do where there is no such file, for the error message.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        net: Callable[[int], nn.Module],
+        num_classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        learning_rate: float,
+        momentum: float,
+        nesterov: bool,
+        weight_decay: float,
+        milestones: Sequence[int] | None = None,
+        weights: str | None = None,
+        weights_hint: str = "check the path.",
+    ) -> None:
+        super().__init__()
+        if not learning_rate >= 0:
+            raise UserError(f"learning_rate={learning_rate} is not permitted: use one above 0.")
+        self.save_hyperparameters(ignore=["net", "weights", "weights_hint"])
+        # integer and float convolutions are both faster with channels last
+        self.net = net(num_classes).to(memory_format=torch.channels_last)
+        if weights is not None:
+            load_weights(self.net, weights, "net", weights_hint)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.accuracy = nn.ModuleDict(
+            {
+                stage: MulticlassAccuracy(num_classes, average="micro")
+                for stage in ("fit", "val", "test")  # a module cannot hold a child named "train"
+            }
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images N x 3 x H x W, float32 in [0, 1] -> logits N x ``num_classes``."""
+        return self.net((images - self.mean) / self.std)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy of a batch of (images, labels)."""
+        loss = self._loss(batch, "train", self.accuracy["fit"])
+        if batch_idx % LOSS_CHECK_EVERY == 0:
+            self._refuse_divergence(loss)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Before the checkpoint of the epoch is written."""
+        self._refuse_divergence(self.trainer.callback_metrics["train/loss"])
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log val/loss and val/accuracy."""
+        self._loss(batch, "val", self.accuracy["val"])
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log test/loss and test/accuracy."""
+        self._loss(batch, "test", self.accuracy["test"])
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """SGD over all parameters."""
+        hparams = self.hparams
+        optimizer = torch.optim.SGD(
+            self.parameters(),
+            lr=hparams["learning_rate"],
+            momentum=hparams["momentum"],
+            nesterov=hparams["nesterov"],
+            weight_decay=hparams["weight_decay"],
+        )
+        if hparams["milestones"] is not None:
+            schedule: Any = torch.optim.lr_scheduler.MultiStepLR(optimizer, hparams["milestones"])
+            return {"optimizer": optimizer, "lr_scheduler": schedule}
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=hparams["learning_rate"],
+            total_steps=max(2, int(self.trainer.estimated_stepping_batches)),
+            cycle_momentum=False,
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def _refuse_divergence(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the training loss became {loss.item()} in epoch {self.current_epoch}, by step "
+                f"{self.global_step}: training has diverged. Lower model.learning_rate (now "
+                f"{self.hparams['learning_rate']}) and start again."
+            )
+
+    def _loss(self, batch: tuple[Tensor, Tensor], stage: str, accuracy: nn.Module) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels)
+        accuracy(logits, labels)
+        self.log(f"{stage}/loss", loss, prog_bar=True, on_step=False, on_epoch=True)
+        self.log(f"{stage}/accuracy", accuracy, prog_bar=True, on_step=False, on_epoch=True)
+        return loss

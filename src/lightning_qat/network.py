@@ -1,0 +1,26 @@
+"""torchvision's ResNet18, unmodified but for the stem."""
+
+from typing import Literal
+
+from torch import nn
+from torchvision.models import ResNet
+from torchvision.models import resnet18 as torchvision_resnet18
+
+Stem = Literal["cifar", "imagenet"]
+
+
+def resnet18(num_classes: int, stem: Stem = "cifar") -> ResNet:
+    """ResNet18 (He et al., 2015) for N x 3 x H x W float images; gives N x ``num_classes`` logits.
+
+    Args:
+        num_classes: width of the last layer.
+        stem: ``imagenet`` is torchvision's 7x7 convolution with stride 2 and a max-pool, which
+            leaves 1 x 1 of a 32 x 32 image (37 M multiply-adds); ``cifar`` is a 3x3 convolution
+            with stride 1 and no pool, the usual choice for small images (556 M).
+    """
+    net = torchvision_resnet18(num_classes=num_classes)
+    if stem == "cifar":
+        net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+        net.maxpool = nn.Identity()
+    return net

@@ -1,0 +1,42 @@
+"""Post-training quantisation: the same network and conversion, calibrated instead of trained."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.ao import quantization as tq
+
+from lightning_qat.quantization.base import QuantizationCallback
+
+
+class PostTrainingQuantization(QuantizationCallback):
+    """Calibrates ``target`` on the batches of one ``fit`` and converts it to INT8.
+
+    ``training_step`` runs on ``limit_train_batches`` batches, but nothing is optimised: the network
+    is in eval mode, unquantised, and its observers watch. Use ``max_epochs=1``.
+
+    For the arguments see ``QuantizationCallback``.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Manual optimisation, in which nobody optimises."""
+        self._automatic_optimization = pl_module.automatic_optimization
+        pl_module.automatic_optimization = False
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the module as it came."""
+        pl_module.automatic_optimization = self._automatic_optimization
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Observe the float network."""
+        net = self._network(pl_module).eval()
+        net.apply(tq.enable_observer)
+        net.apply(tq.disable_fake_quant)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Quantise again, with what was observed."""
+        super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+        self._network(pl_module).apply(tq.enable_fake_quant)

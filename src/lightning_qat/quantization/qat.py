@@ -1,0 +1,69 @@
+"""Quantisation aware training as a Lightning callback."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import nn
+from torch.ao import quantization as tq
+from torch.ao.nn.intrinsic.qat import freeze_bn_stats
+
+from lightning_qat.quantization.base import QuantizationCallback
+
+
+class QuantizationAwareTraining(QuantizationCallback):
+    """Trains ``target`` with fake quantisation and converts it to INT8 when ``fit`` ends.
+
+    Example::
+
+        callback = QuantizationAwareTraining(qconfig="x86", target="net")
+        trainer = pl.Trainer(max_epochs=3, callbacks=[callback])
+        trainer.fit(module, datamodule=datamodule)
+        callback.int8_model(images)
+
+    The INT8 model is made of the best checkpoint's weights where a ModelCheckpoint monitors
+    something, else of the last ones. The method is Jacob et al., "Quantization and Training of
+    Neural Networks for Efficient Integer-Arithmetic-Only Inference" (2018), with the freezes of
+    Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference" (2018).
+
+    Args:
+        qconfig: a name (see ``lightning_qat.quantization.QCONFIGS``) or a ``QConfig``.
+        target: dotted name of the submodule to quantise.
+        freeze_batch_norm_epoch: from this epoch on batch-norm uses and keeps its running
+            statistics, as the INT8 model will; None = never.
+        freeze_observer_epoch: from this epoch on the scales stay; None = never.
+            Both count from 0 at the start of training, also in a resumed run.
+        allow_saturation: permit a qconfig whose sums this CPU's kernels cannot hold.
+    """
+
+    def __init__(
+        self,
+        qconfig: str | tq.QConfig = "x86",
+        target: str = "net",
+        *,
+        freeze_batch_norm_epoch: int | None = None,
+        freeze_observer_epoch: int | None = None,
+        allow_saturation: bool = False,
+    ) -> None:
+        super().__init__(qconfig, target, allow_saturation=allow_saturation)
+        self.freeze_batch_norm_epoch = freeze_batch_norm_epoch
+        self.freeze_observer_epoch = freeze_observer_epoch
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Freeze what this epoch trains without."""
+        epoch = trainer.current_epoch
+        if self.freeze_batch_norm_epoch is not None and epoch >= self.freeze_batch_norm_epoch:
+            self._network(pl_module).apply(_freeze_batch_norm)
+        self._observe = self.freeze_observer_epoch is None or epoch < self.freeze_observer_epoch
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Observers follow the training steps, and nothing else."""
+        if self._observe:
+            self._network(pl_module).apply(tq.enable_observer)
+
+
+def _freeze_batch_norm(module: nn.Module) -> None:
+    freeze_bn_stats(module)  # the fused convolutions, which ignore .eval() on their batch-norm
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        module.eval()

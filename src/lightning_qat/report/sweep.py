@@ -1,0 +1,104 @@
+"""The table at the end of a multirun, and its exit status."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from lightning_qat.cli import FAILURE_FILE, worst
+from lightning_qat.report.metrics import FILE_NAME
+
+COLUMNS = {
+    "job": "job",
+    "stage": "stage",
+    "qconfig": "qconfig",
+    "seed": "seed",
+    "accuracy.fp32": "FP32",
+    "accuracy.fake_quant": "fake-quant",
+    "accuracy.int8": "INT8",
+    "agreement.int8_vs_fake_quant": "agree",
+    "size_bytes.fp32": "FP32 MB",
+    "size_bytes.int8": "INT8 MB",
+    "latency_ms.fp32_eager.p50": "FP32 ms",
+    "latency_ms.int8_torchscript.p50": "INT8 ms",
+}
+
+
+class SweepReport(Callback):
+    """Reads what the jobs have left, whichever launcher ran them."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Write sweep.csv, print the table, end with the worst status of the jobs."""
+        folder = Path(config.hydra.sweep.dir)
+        rows = [_read_job(job) for job in _job_folders(folder)]
+        names = sorted({name for row in rows for name in row} - set(COLUMNS))
+        with (folder / "sweep.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*COLUMNS, *names])
+            writer.writeheader()
+            writer.writerows(rows)
+        _print(rows)
+        sys.exit(worst(int(row["status"]) for row in rows))
+
+
+def _job_folders(folder: Path) -> list[Path]:
+    jobs = [path.parent.parent for path in folder.glob("*/.hydra/hydra.yaml")]
+    return sorted(jobs, key=_job_number)
+
+
+def _job_number(job: Path) -> int:
+    return int(OmegaConf.load(job / ".hydra" / "hydra.yaml").hydra.job.num)
+
+
+def _read_job(job: Path) -> dict[str, Any]:
+    """One row: the job's metrics by dotted name, or its failure."""
+    overrides = OmegaConf.load(job / ".hydra" / "overrides.yaml")
+    row = {"job": _job_number(job), "overrides": " ".join(str(x) for x in overrides)}
+    failure = job / FAILURE_FILE
+    if failure.exists():
+        return row | json.loads(failure.read_text())
+    if not (job / FILE_NAME).exists():
+        return row | {"status": 1, "message": f"the job left neither {FILE_NAME} nor a message"}
+    return row | _flatten(json.loads((job / FILE_NAME).read_text()))
+
+
+def _flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in metrics.items():
+        flat |= (
+            _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
+    return flat
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    done = [row for row in rows if not row["status"]]
+    console = Console()
+    if done:
+        used = {name: title for name, title in COLUMNS.items() if any(row.get(name) is not None for row in done)}
+        table = Table(title="All jobs")
+        for title in used.values():
+            table.add_column(title, justify="right")
+        for row in done:
+            table.add_row(*(_cell(name, row.get(name)) for name in used))
+        console.print(table)
+        console.print("ms: median of one image on one thread; FP32 eager, INT8 TorchScript.")
+    for row in rows:
+        if row["status"]:
+            message = str(row["message"]).splitlines()[0]
+            console.print(f"job {row['job']} ({row['overrides']}) failed: {message}", markup=False)
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if name.startswith(("accuracy", "agreement")):
+        return f"{value:.2%}"
+    if name.startswith("size_bytes"):
+        return f"{value / 1e6:.1f}"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
