@@ -16,19 +16,25 @@ def main(cfg: DictConfig) -> None:
     # torch takes seconds to import, which --help and a mistyped option need not wait for
     import pytorch_lightning as pl
     from hydra.utils import instantiate
-    from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
     from lightning_qat.checkpoint import read_checkpoint
     from lightning_qat.deployment.evaluate import evaluate
+    from lightning_qat.errors import checked_int
     from lightning_qat.report.environment import environment
     from lightning_qat.report.metrics import write_metrics
     from lightning_qat.report.table import print_metrics
 
-    choices, folder = HydraConfig.get().runtime.choices, Path(HydraConfig.get().runtime.output_dir)
-    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    runtime = HydraConfig.get().runtime
+    choices, folder = runtime.choices, Path(runtime.output_dir)
+    checked_int("trainer.max_epochs", cfg.trainer.max_epochs, lowest=1)
     datamodule = instantiate(cfg.data, _convert_="all")
-    module = instantiate(cfg.model, _convert_="all")(
-        num_classes=datamodule.num_classes, mean=datamodule.mean, std=datamodule.std
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    module = instantiate(
+        cfg.model,
+        num_classes=datamodule.num_classes,
+        mean=datamodule.mean,
+        std=datamodule.std,
+        _convert_="all",
     )
     wanted = {name: callback for name, callback in cfg.callbacks.items() if callback}
     if not datamodule.val_size:
@@ -36,20 +42,18 @@ def main(cfg: DictConfig) -> None:
     callbacks = {name: instantiate(callback) for name, callback in wanted.items()}
     if cfg.ckpt_path:
         read_checkpoint(cfg.ckpt_path, "name the last.ckpt of the run to continue.")
-    trainer = instantiate(cfg.trainer)(
-        callbacks=list(callbacks.values()),
-        logger=[CSVLogger(folder, name="", version="csv"), TensorBoardLogger(folder, name="", version="tensorboard")],
-    )
+    loggers = [instantiate(logger) for logger in cfg.logger.values()]
+    trainer = instantiate(cfg.trainer, callbacks=list(callbacks.values()), logger=loggers)
     trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
     if not trainer.is_global_zero:
         return
 
     metrics = {
         "status": cli.DONE,
-        "stage": choices.stage,
-        "data": choices.data,
-        "model": choices.model,
-        "qconfig": choices.qconfig if "qconfig" in cfg.callbacks.result else None,
+        "stage": choices["stage"],
+        "data": choices["data"],
+        "model": choices["model"],
+        "qconfig": choices["qconfig"] if "qconfig" in cfg.callbacks.result else None,
         "seed": cfg.seed,
         "epochs": trainer.current_epoch,
         **evaluate(callbacks["result"].networks, datamodule, folder),

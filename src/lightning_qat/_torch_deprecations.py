@@ -10,6 +10,9 @@ import warnings
 FILTERS: list[tuple[str, type[Warning]]] = [
     (r"torch\.ao\.quantization is deprecated", DeprecationWarning),
     (r"`torch\.jit\.\w+` is deprecated", Warning),
+    (r"torch\.quantize_per_tensor, torch\.quantize_per_channel and other", UserWarning),
+    # Lightning's use of torch's own pytree
+    (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
 ]
 
 

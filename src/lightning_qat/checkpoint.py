@@ -1,5 +1,6 @@
 """Which weights a run ends with, and the file that carries them to the next stage."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_qat.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def best_weights(trainer: pl.Trainer, target: str) -> dict[str, Tensor] | None:
@@ -45,6 +48,9 @@ def save_weights(module: pl.LightningModule, path: Path) -> None:
 def load_weights(net: nn.Module, path: str | Path, target: str, made_by: str) -> None:
     """Load the submodule ``target`` of a Lightning checkpoint, or a plain state dict, into ``net``.
 
+    A plain state dict is somebody's published weights: where only its last layer is of another
+    shape (other classes), that layer stays as it was initialised.
+
     Args:
         made_by: what to do where there is no such file, for the error message.
 
@@ -52,7 +58,10 @@ def load_weights(net: nn.Module, path: str | Path, target: str, made_by: str) ->
         UserError: the file is missing, damaged, or of another network.
     """
     state = read_checkpoint(path, made_by)
-    state = _below(state["state_dict"], target) if "state_dict" in state else state
+    if "state_dict" in state:
+        state = _below(state["state_dict"], target)
+    else:
+        state = _without_other_classes(state, net, path)
     try:
         net.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -80,6 +89,20 @@ def read_checkpoint(path: str | Path, made_by: str) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint; {made_by}")
+    return state
+
+
+def _without_other_classes(
+    state: dict[str, Tensor], net: nn.Module, path: str | Path
+) -> dict[str, Tensor]:
+    own = net.state_dict()
+    last_layer = list(own)[-1].rpartition(".")[0]
+    head = {name: x for name, x in own.items() if name.startswith(f"{last_layer}.")}
+    if all(name in state for name in head) and any(
+        state[name].shape != x.shape for name, x in head.items()
+    ):
+        log.warning("%s is for other classes: %s starts untrained", path, last_layer)
+        return state | head
     return state
 
 

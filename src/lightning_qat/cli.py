@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -61,6 +62,8 @@ def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
 
 def run(main: Callable[[], None]) -> None:
     """Call the function that ``hydra.main`` made, and give what Hydra refuses the status 2."""
+    global _a_job_has_started
+    _a_job_has_started = False
     try:
         main()
     except SystemExit as end:
@@ -75,7 +78,12 @@ def users_mistake(error: BaseException | None) -> str | None:
         if isinstance(error, UserError | OmegaConfBaseException):
             return str(error)
         if type(error).__name__ == "MisconfigurationException":  # Lightning's name for the same
-            return str(error)
+            return (
+                f"Lightning refuses this configuration: {error} See `python train.py --cfg job` "
+                "(with the same arguments); trainer=auto takes what this machine has."
+            )
+        if isinstance(error, InstantiationException) and "unexpected keyword" in str(error):
+            return f"an override names something that does not exist: {error}"
         if "Error(s) in loading state_dict" in str(error) and isinstance(error, RuntimeError):
             return (
                 f"the checkpoint in ckpt_path is of another run (another stage, model or class "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_qat.checkpoint import load_weights
-from lightning_qat.errors import UserError
+from lightning_qat.errors import UserError, checked_float
 
 LOSS_CHECK_EVERY = 50  # steps: looking at the loss makes a GPU wait
 
@@ -49,8 +49,9 @@ class ImageClassifier(pl.LightningModule):
         weights_hint: str = "check the path.",
     ) -> None:
         super().__init__()
-        if not learning_rate >= 0:
-            raise UserError(f"learning_rate={learning_rate} is not permitted: use one above 0.")
+        checked_float("model.learning_rate", learning_rate, lowest=0)
+        checked_float("model.momentum", momentum, lowest=0)
+        checked_float("model.weight_decay", weight_decay, lowest=0)
         self.save_hyperparameters(ignore=["net", "weights", "weights_hint"])
         # integer and float convolutions are both faster with channels last
         self.net = net(num_classes).to(memory_format=torch.channels_last)
@@ -88,7 +89,7 @@ class ImageClassifier(pl.LightningModule):
         """Log test/loss and test/accuracy."""
         self._loss(batch, "test", self.accuracy["test"])
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """SGD over all parameters."""
         hparams = self.hparams
         optimizer = torch.optim.SGD(
@@ -120,7 +121,7 @@ class ImageClassifier(pl.LightningModule):
                 f"{self.hparams['learning_rate']}) and start again."
             )
 
-    def _loss(self, batch: tuple[Tensor, Tensor], stage: str, accuracy: nn.Module) -> Tensor:
+    def _loss(self, batch: tuple[Tensor, Tensor], stage: str, accuracy: Any) -> Tensor:
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits, labels)

@@ -21,6 +21,8 @@ Batches = dict[str, NDArray[np.uint8]]
 class Python2Pickler(pickle._Pickler):
     """Writes every string as Python 2 did, which wrote the official files."""
 
+    write: Callable[[bytes], None]
+
     dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)
 
     def save_string(self, text: str | bytes) -> None:

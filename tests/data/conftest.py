@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cifar10_archives import (
+
+from tests.data.cifar10_archives import (
     IMAGES_PER_BATCH,
     PUBLISH,
     TRAIN_BATCHES,

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torchvision
-from cifar10_archives import (
+
+from lightning_qat.data import CIFAR10DataModule
+from lightning_qat.errors import UserError
+from tests.data.cifar10_archives import (
     Batches,
     binary_members,
     npm_members,
@@ -17,9 +20,6 @@ from cifar10_archives import (
     write_archive,
     write_folder,
 )
-
-from lightning_qat.data import CIFAR10DataModule
-from lightning_qat.errors import UserError
 
 Publish = Callable[[str, Path], None]
 

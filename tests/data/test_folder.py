@@ -1,6 +1,7 @@
 """The user's own images become what the network sees, or the message names the file at fault."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from lightning_qat.errors import UserError
 COLOURS = {"blue": (0, 0, 255), "red": (255, 0, 0)}
 
 
-def save(path: Path, image: Image.Image, **options: object) -> None:
+def save(path: Path, image: Image.Image, **options: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, **options)
 
@@ -28,7 +29,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def set_up(root: Path, image_size: int = 8, **options: int) -> FolderDataModule:
+def set_up(root: Path, image_size: int = 8, **options: Any) -> FolderDataModule:
     datamodule = FolderDataModule(root, image_size=image_size, **options)
     datamodule.prepare_data()
     datamodule.setup("fit")
@@ -55,15 +56,22 @@ def test_images_carry_the_label_of_their_folder(root: Path) -> None:
 
 def test_there_is_no_validation_unless_asked_for(root: Path) -> None:
     assert set_up(root).val_dataloader() == []
-    (batch,) = set_up(root, val_size=2).val_dataloader()
-    assert sorted(batch[1].tolist()) == [0, 1]
+    ((_, labels, _),) = set_up(root, val_size=2).val_dataloader()
+    assert sorted(labels.tolist()) == [0, 1]
 
 
-def test_an_image_is_cut_to_the_square_in_its_middle(root: Path) -> None:
-    pixels = np.zeros((8, 24, 3), np.uint8)
-    pixels[:, 8:16] = 200
+def test_the_square_in_the_middle_is_kept_and_made_smaller(root: Path) -> None:
+    pixels = np.zeros((80, 240, 3), np.uint8)
+    pixels[:, 80:160] = 100
+    pixels[20:60, 100:140] = 200
     save(root / "train" / "blue" / "0.png", Image.fromarray(pixels))
-    assert (set_up(root).load()[0].images[0] == 200).all()
+    image = set_up(root).load()[0].images[0, ..., 0]
+    expected = torch.full((8, 8), 100)
+    expected[2:6, 2:6] = 200
+    # resizing blurs the edges: compare where there are none
+    inner, outer = slice(3, 5), slice(1, 7, 5)
+    assert torch.equal(image[inner, inner], expected.to(torch.uint8)[inner, inner])
+    assert image[0, outer].tolist() == [100, 100]
 
 
 def test_grey_and_transparent_images_become_rgb(root: Path) -> None:

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 from lightning_qat.data import DigitsDataModule
 from lightning_qat.errors import UserError
@@ -73,6 +74,7 @@ def val_indices(datamodule: DigitsDataModule) -> list[int]:
 
 def train_indices(datamodule: DigitsDataModule, epoch: int = 0) -> list[int]:
     loader = datamodule.train_dataloader()
+    assert isinstance(loader.sampler, DistributedSampler)
     loader.sampler.set_epoch(epoch)
     return torch.cat([indices for _, _, indices in loader]).tolist()
 
@@ -96,18 +98,18 @@ def test_validation_is_a_stratified_part_of_training_the_same_for_every_seed() -
 
 
 def test_the_training_order_comes_from_seed_and_epoch() -> None:
-    datamodule = set_up()
-    orders = [train_indices(set_up(seed=s), epoch=e) for s in range(3) for e in range(3)]
+    datamodules = [set_up(seed=seed) for seed in range(3)]
+    orders = [train_indices(datamodule, epoch) for datamodule in datamodules for epoch in range(3)]
     assert len({tuple(order) for order in orders}) == 9
     torch.manual_seed(3)
-    assert train_indices(datamodule, epoch=2) == orders[2]
+    assert train_indices(set_up(seed=0), epoch=2) == orders[2]
 
 
 def test_two_processes_share_the_training_set() -> None:
     shares = []
     for rank in range(2):
         datamodule = set_up(batch_size=1)
-        datamodule.trainer = SimpleNamespace(world_size=2, global_rank=rank)
+        datamodule.trainer = cast(pl.Trainer, SimpleNamespace(world_size=2, global_rank=rank))
         shares.append(set(train_indices(datamodule)))
     # 1293 images: one is given to both, so that the shares are equal
     assert len(shares[0] | shares[1]) == 1293
@@ -155,6 +157,18 @@ def test_a_trainer_gets_floats_and_augments_in_training_only(tmp_path: Path) -> 
     assert trained.max() == 1
 
 
+def test_the_same_image_looks_different_in_another_epoch() -> None:
+    datamodule = set_up(crop_padding=2)
+    batch = next(iter(datamodule.train_dataloader()))
+    seen = []
+    for epoch in (0, 1, 0):
+        trainer = SimpleNamespace(training=True, current_epoch=epoch)
+        datamodule.trainer = cast(pl.Trainer, trainer)
+        seen.append(datamodule.on_after_batch_transfer(batch, 0)[0])
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+
+
 def test_a_trainer_copes_without_validation(tmp_path: Path) -> None:
     recorder = fit(tmp_path, max_epochs=2, val_size=0)
     assert not recorder.eval_batches["val"]
@@ -164,11 +178,11 @@ def test_a_trainer_copes_without_validation(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_sees_what_the_whole_one_would_have(tmp_path: Path) -> None:
-    whole = fit(tmp_path / "whole", max_epochs=4)
-    fit(tmp_path / "parts", max_epochs=2)
+    whole = fit(tmp_path / "whole", max_epochs=4, batch_size=128)
+    fit(tmp_path / "parts", max_epochs=2, batch_size=128)
     (checkpoint,) = (tmp_path / "parts").rglob("*.ckpt")
     torch.manual_seed(99)
-    resumed = fit(tmp_path / "parts", max_epochs=4, ckpt_path=str(checkpoint))
+    resumed = fit(tmp_path / "parts", max_epochs=4, ckpt_path=str(checkpoint), batch_size=128)
 
     expected = [batch for batch in whole.training_batches if batch[0] >= 2]
     assert len(resumed.training_batches) == len(expected)

@@ -4,14 +4,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import pad
 
 PaddingMode = Literal["reflect", "constant"]
 
 
 def derived_seed(*keys: int) -> int:
-    """A 32-bit seed that differs between neighbouring keys, e.g. (0, 1) and (1, 0)."""
+    """Make a 32-bit seed that differs between neighbouring keys, e.g. (0, 1) and (1, 0)."""
     return int(np.random.SeedSequence(keys).generate_state(1)[0])
 
 
@@ -69,7 +69,7 @@ class Augmentation:
         columns = self._coordinates[left + torch.where(mirrored > 0, self.size - 1 - steps, steps)]
 
         if self.zero_pad:
-            images = F.pad(images, (0, 0) + 4 * (self.zero_pad,))
+            images = pad(images, (0, 0) + 4 * (self.zero_pad,))
         n, height, width, channels = images.shape
         image_starts = torch.arange(0, n * height, height, device=images.device)[:, None]
         pixels = ((image_starts + rows) * width)[:, :, None] + columns[:, None, :]

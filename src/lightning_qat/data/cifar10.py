@@ -72,7 +72,7 @@ class CIFAR10DataModule(ImageDataModule):
         build_cache(self.root, self.sha1)
 
     def load(self) -> tuple[LabelledImages, LabelledImages]:
-        """Training and test images from the cache."""
+        """Load training and test images from the cache."""
         batches = read_cache(self.root, self.sha1)
         if batches is None:
             raise UserError(

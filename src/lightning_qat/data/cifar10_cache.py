@@ -41,7 +41,7 @@ def build_cache(root: Path, sha1: Mapping[str, str]) -> None:
 
 
 def read_cache(root: Path, sha1: Mapping[str, str]) -> dict[str, Records] | None:
-    """The batches in the cache; None where it is missing, damaged, or holds something else.
+    """Read the six batches; None where the cache is missing, damaged, or of other images.
 
     Raises:
         UserError: the cache is there and may not be read.

@@ -44,18 +44,18 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def decode_pickle(members: Mapping[str, bytes], name: str) -> Records:
-    """A batch of `cifar-10-batches-py`: Python 2's {b"data": N x 3072, b"labels": list}."""
+    """Decode `cifar-10-batches-py`: a pickle of Python 2's {b"data": N x 3072, b"labels": list}."""
     content = _ArrayUnpickler(io.BytesIO(members[name]), encoding="bytes").load()
     return packed(content[b"labels"], content[b"data"])
 
 
 def decode_binary(members: Mapping[str, bytes], name: str) -> Records:
-    """A batch of `cifar-10-batches-bin`: the records themselves."""
+    """Decode `cifar-10-batches-bin`: a file is the records themselves."""
     return np.frombuffer(members[f"{name}.bin"], np.uint8).reshape(-1, RECORD_BYTES)
 
 
 def decode_png(members: Mapping[str, bytes], name: str) -> Records:
-    """A batch of the npm package: a picture of 1024 x N, one image a row.
+    """Decode the npm package: a batch is a picture of 1024 x N, one image a row.
 
     The labels of all training batches are one list, in which each has an equal share.
     """

@@ -42,7 +42,7 @@ LOCAL_SOURCES = {
 
 
 def find_local(root: Path) -> tuple[Path, Form] | None:
-    """The first official folder or archive that lies in `root`, unpacked ones first."""
+    """Find an official folder, else an official archive, that lies in `root`."""
     for name, form in LOCAL_SOURCES.items():
         if (root / name).exists():
             return root / name, form
@@ -50,7 +50,7 @@ def find_local(root: Path) -> tuple[Path, Form] | None:
 
 
 def decode(path: Path, form: Form) -> dict[str, Records]:
-    """All six batches of a folder or archive, digests not yet checked.
+    """Decode all six batches of a folder or archive; their digests are not yet checked.
 
     Raises:
         WrongContentError: the file is damaged, incomplete, unreadable or not of this form.

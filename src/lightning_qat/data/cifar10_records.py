@@ -34,7 +34,7 @@ class WrongContentError(Exception):
 
 
 def packed(labels: Sequence[int] | NDArray[np.uint8], pixels: NDArray[np.uint8]) -> Records:
-    """Records of N labels and N x 3072 pixels.
+    """Make records of N labels and N x 3072 pixels.
 
     Raises:
         ValueError: the two do not fit together.
@@ -45,7 +45,7 @@ def packed(labels: Sequence[int] | NDArray[np.uint8], pixels: NDArray[np.uint8])
 
 
 def unpacked(batches: Sequence[Records]) -> tuple[Tensor, Tensor]:
-    """Images uint8 N x 32 x 32 x 3 and labels int64 N of several batches, one after the other."""
+    """Join batches into images, uint8 N x 32 x 32 x 3, and labels, int64 N."""
     images = np.empty((sum(map(len, batches)), 32, 32, 3), np.uint8)
     start = 0
     for records in batches:

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def obtain(root: Path, sha1: Mapping[str, str]) -> dict[str, Records]:
-    """The six official batches; leaves nothing behind in `root`.
+    """Get the six official batches; leave nothing behind in `root`.
 
     Raises:
         UserError: the files in `root` are not the official ones, or there are none and nothing

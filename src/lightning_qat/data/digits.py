@@ -48,7 +48,7 @@ class DigitsDataModule(ImageDataModule):
         )
 
     def load(self) -> tuple[LabelledImages, LabelledImages]:
-        """The fixed split of the 1797 images that every project with `data=digits` shares."""
+        """Split the 1797 images as every project with `data=digits` does."""
         digits = load_digits()
         grey = torch.from_numpy(digits.images).to(torch.uint8)
         images = grey.unsqueeze(-1).repeat(1, 1, 1, 3)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_qat.data.augment import Augmentation, PaddingMode, derived_seed
-from lightning_qat.errors import UserError
+from lightning_qat.errors import UserError, checked_int
 
 EVAL_BATCH_SIZE = 250  # without gradients, larger batches fit
 
@@ -43,7 +43,7 @@ class ImageSubset(Dataset[Batch]):
 
 
 def _as_fetched(batch: Any) -> Any:
-    """The collate function: `ImageSubset` already gives whole batches."""
+    """Collate nothing: `ImageSubset` already gives whole batches."""
     return batch
 
 
@@ -110,7 +110,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     @abstractmethod
     def load(self) -> tuple[LabelledImages, LabelledImages]:
-        """The training set (validation included) and the test set."""
+        """Give the training set (validation included) and the test set."""
 
     def setup(self, stage: str) -> None:
         """Load and split once, whatever the stage.
@@ -137,7 +137,7 @@ class ImageDataModule(pl.LightningDataModule):
         self._is_loaded = True
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled by (seed, epoch): Lightning tells the sampler the epoch."""
+        """Shuffle by (seed, epoch): Lightning tells the sampler the epoch."""
         dataset = ImageSubset(self._train, self._train_indices)
         sampler: DistributedSampler[Batch] = DistributedSampler(
             dataset,
@@ -155,17 +155,17 @@ class ImageDataModule(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """In order; no loader at all where `val_size` is 0."""
+        """Keep the order; give no loader at all where `val_size` is 0."""
         if not self.val_size:
             return []
         return self._eval_dataloader(ImageSubset(self._train, self._val_indices))
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """The whole test set, in order."""
+        """Give the whole test set, in order."""
         return self._eval_dataloader(ImageSubset(self._test, torch.arange(len(self._test.labels))))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Float32 images N x 3 x H x W in [0, 1], channels_last, and int64 labels N."""
+        """Make float32 images N x 3 x H x W in [0, 1], channels_last, and int64 labels N."""
         images, labels, indices = batch
         if self.trainer is not None and self.trainer.training:
             images = self._augmentation(images, indices, self.trainer.current_epoch)
@@ -178,7 +178,7 @@ class ImageDataModule(pl.LightningDataModule):
         return DataLoader(dataset, batch_size=batch_size, collate_fn=_as_fetched)
 
     def _split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices of the training and of the validation images, int64, ascending."""
+        """Choose the training and the validation images: indices, int64, ascending."""
         everything = np.arange(len(labels))
         if not self.val_size:
             return torch.from_numpy(everything), torch.empty(0, dtype=torch.int64)
@@ -198,14 +198,3 @@ class ImageDataModule(pl.LightningDataModule):
             everything, test_size=self.val_size, stratify=labels.numpy(), random_state=0
         )
         return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(val))
-
-
-def checked_int(name: str, value: int, lowest: int) -> int:
-    """`value` itself.
-
-    Raises:
-        UserError: it is no integer, or less than `lowest`.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-        raise UserError(f"{name}={value!r} is not permitted: set it to an integer >= {lowest}.")
-    return value

@@ -5,6 +5,6 @@ from rich.progress import Progress
 
 
 def progress_bar() -> Progress:
-    """A bar on stderr that vanishes when done; silent where stderr is not a terminal."""
+    """Make a bar on stderr that vanishes when done; silent where stderr is no terminal."""
     console = Console(stderr=True)
     return Progress(console=console, transient=True, disable=not console.is_terminal)

@@ -15,6 +15,9 @@ class DeployedModel(nn.Module):
         mean, std: per channel, of images in [0, 1].
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.net = net

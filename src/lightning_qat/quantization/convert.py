@@ -23,7 +23,7 @@ def convert(fake_quantised: nn.Module, engine: str) -> nn.Module:
     for module in model.modules():
         if isinstance(module, tq.FakeQuantizeBase):
             module.disable_observer()  # convert passes the weights through once more
-            module.calculate_qparams = _TrainedQParams(module)  # type: ignore[method-assign]
+            module.calculate_qparams = _TrainedQParams(module)  # type: ignore[assignment]
     # the engine is global in torch, and decides how weights are packed
     previous, torch.backends.quantized.engine = torch.backends.quantized.engine, engine
     try:

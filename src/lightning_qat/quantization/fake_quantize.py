@@ -6,12 +6,12 @@ from torch.ao import quantization as tq
 
 
 class KernelRangeFakeQuantize(tq.FakeQuantize):
-    """Per-tensor fake quantisation over a reduced range that clips only at the dtype's limits.
+    """Per-tensor fake quantisation that clips only at the dtype's limits.
 
-    With ``reduce_range`` the observed maximum maps to 127, so that the pair sums of AVX2's
-    8-bit products do not saturate. torch's own fake-quantisers then clip at 127 as well, which no
-    integer kernel does: those keep values up to 255. Training would learn a clip that deployment
-    does not have, so here the observer decides the scale and the dtype decides the clip.
+    With ``quant_max=127`` the observed maximum maps to 127, so that the pair sums of AVX2's 8-bit
+    products do not saturate. torch's own fake-quantisers then clip at 127 as well, which no integer
+    kernel does: those keep values up to 255. Training would learn a clip that deployment does not
+    have, so here ``quant_max`` decides the scale and the dtype decides the clip.
 
     Takes the arguments of ``torch.ao.quantization.FakeQuantize``.
     """

@@ -47,8 +47,9 @@ _FUSABLE: set[tuple[type[nn.Module], ...]] = {
 }
 
 # What prepare_qat gives a fake-quantised weight, and what has an integer kernel without a weight.
+_TRAINABLE: Any = tq.get_default_qat_module_mappings()
 _INTEGER_MODULES: set[type[nn.Module]] = {
-    *tq.get_default_qat_module_mappings(),
+    *_TRAINABLE,
     nn.BatchNorm2d,
     nn.BatchNorm3d,
     BNReLU2d,
@@ -88,7 +89,7 @@ def fuse(net: nn.Module) -> fx.GraphModule:
     graph_module.graph.lint()
     graph_module.recompile()
     chains = _fusable_chains(graph_module)
-    return tq.fuse_modules_qat(graph_module, chains) if chains else graph_module
+    return tq.fuse_modules_qat(graph_module, chains, inplace=True) if chains else graph_module
 
 
 def mark_integer_regions(graph_module: fx.GraphModule, qconfig: tq.QConfig) -> list[str]:
@@ -105,7 +106,7 @@ def mark_integer_regions(graph_module: fx.GraphModule, qconfig: tq.QConfig) -> l
     def stub_after(source: fx.Node, to_integer: bool) -> fx.Node:
         """One stub for all that read ``source`` on the other side."""
         if (source, to_integer) not in stubs:
-            stub = tq.QuantStub() if to_integer else tq.DeQuantStub()
+            stub: Any = tq.QuantStub() if to_integer else tq.DeQuantStub()
             stub.qconfig = qconfig
             name = f"{'quant' if to_integer else 'dequant'}_{source.name}"
             graph_module.add_submodule(name, stub)
@@ -119,7 +120,7 @@ def mark_integer_regions(graph_module: fx.GraphModule, qconfig: tq.QConfig) -> l
             continue
         kind: Any = node.target
         if node.op == "call_module":
-            module = graph_module.get_submodule(str(node.target))
+            module: Any = graph_module.get_submodule(str(node.target))
             kind = type(module)
         sources = [source for source in node.all_input_nodes if source in is_integer]
         if node.op == "call_module" and kind in _INTEGER_MODULES:
@@ -193,7 +194,9 @@ def _one_module_per_use(graph_module: fx.GraphModule) -> None:
         if node.op != "call_module":
             continue
         module = graph_module.get_submodule(node.target)
-        if node.target in called and not any(True for _ in (*module.parameters(), *module.buffers())):
+        if node.target in called and not any(
+            True for _ in (*module.parameters(), *module.buffers())
+        ):
             node.target = _new_submodule(graph_module, node, copy.deepcopy(module))
         called.add(node.target)
 
@@ -216,9 +219,9 @@ def _arithmetic_to_float_functional(graph_module: fx.GraphModule) -> None:
             method = "mul"
         elif node.target in _ADD and of_two_tensors:
             method = "add"
-            relu = next(iter(node.users), None)
-            if len(node.users) == 1 and _is_relu(graph_module, relu):
-                method, last = "add_relu", relu
+            users = list(node.users)
+            if len(users) == 1 and _is_relu(graph_module, users[0]):
+                method, last = "add_relu", users[0]
         else:
             continue
         name = _new_submodule(graph_module, node, FloatFunctional())

@@ -12,7 +12,7 @@ class PostTrainingQuantization(QuantizationCallback):
     """Calibrates ``target`` on the batches of one ``fit`` and converts it to INT8.
 
     ``training_step`` runs on ``limit_train_batches`` batches, but nothing is optimised: the network
-    is in eval mode, unquantised, and its observers watch. Use ``max_epochs=1``.
+    is in eval mode, and its observers watch. Use ``max_epochs=1``.
 
     For the arguments see ``QuantizationCallback``.
     """
@@ -29,14 +29,5 @@ class PostTrainingQuantization(QuantizationCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Observe the float network."""
-        net = self._network(pl_module).eval()
-        net.apply(tq.enable_observer)
-        net.apply(tq.disable_fake_quant)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
-    ) -> None:
-        """Quantise again, with what was observed."""
-        super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
-        self._network(pl_module).apply(tq.enable_fake_quant)
+        """Observe what a layer will get in the INT8 network: the layers before it quantised."""
+        self._network(pl_module).eval().apply(tq.enable_observer)

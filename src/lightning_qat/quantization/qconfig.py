@@ -34,17 +34,18 @@ def _qconfig(
         activation=activation.with_args(
             observer=tq.MovingAverageMinMaxObserver,
             quant_min=0,
-            quant_max=255,
+            quant_max=127 if reduce_range else 255,
             dtype=torch.quint8,
             qscheme=torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine,
-            reduce_range=reduce_range,
         ),
         weight=tq.FusedMovingAvgObsFakeQuantize.with_args(
             observer=weight_observer,
             quant_min=-128,
             quant_max=127,
             dtype=torch.qint8,
-            qscheme=torch.per_channel_symmetric if weight_per_channel else torch.per_tensor_symmetric,
+            qscheme=torch.per_channel_symmetric
+            if weight_per_channel
+            else torch.per_tensor_symmetric,
             averaging_constant=1,  # weights are known, not sampled: the range is always today's
         ),
     )

@@ -8,14 +8,15 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from lightning_qat.cli import FAILURE_FILE, worst
 from lightning_qat.report.metrics import FILE_NAME
 
+# Column of sweep.csv -> title in the printed table.
 COLUMNS = {
-    "job": "job",
     "stage": "stage",
     "qconfig": "qconfig",
     "seed": "seed",
@@ -37,9 +38,9 @@ class SweepReport(Callback):
         """Write sweep.csv, print the table, end with the worst status of the jobs."""
         folder = Path(config.hydra.sweep.dir)
         rows = [_read_job(job) for job in _job_folders(folder)]
-        names = sorted({name for row in rows for name in row} - set(COLUMNS))
+        names = sorted({name for row in rows for name in row} - set(COLUMNS) - {"job"})
         with (folder / "sweep.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*COLUMNS, *names])
+            writer = csv.DictWriter(file, ["job", *COLUMNS, *names])
             writer.writeheader()
             writer.writerows(rows)
         _print(rows)
@@ -70,9 +71,10 @@ def _read_job(job: Path) -> dict[str, Any]:
 def _flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in metrics.items():
-        flat |= (
-            _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
     return flat
 
 
@@ -80,12 +82,11 @@ def _print(rows: list[dict[str, Any]]) -> None:
     done = [row for row in rows if not row["status"]]
     console = Console()
     if done:
-        used = {name: title for name, title in COLUMNS.items() if any(row.get(name) is not None for row in done)}
-        table = Table(title="All jobs")
-        for title in used.values():
-            table.add_column(title, justify="right")
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # to fit into 80 columns
+        for title in COLUMNS.values():
+            table.add_column(title, justify="left" if title in ("stage", "qconfig") else "right")
         for row in done:
-            table.add_row(*(_cell(name, row.get(name)) for name in used))
+            table.add_row(*(_cell(name, row.get(name)) for name in COLUMNS))
         console.print(table)
         console.print("ms: median of one image on one thread; FP32 eager, INT8 TorchScript.")
     for row in rows:

@@ -1,0 +1,90 @@
+"""train.py as a user runs it, and torch's own deprecations silenced as the package does."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_qat._torch_deprecations import FILTERS
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for message, category in FILTERS:
+        config.addinivalue_line("filterwarnings", f"ignore:{message}:{category.__name__}")
+
+
+@dataclass
+class Road:
+    """The folder in which `train.py -m stage=fp32,ptq,qat data=digits` has left everything."""
+
+    output_dir: Path
+    printed: str
+
+    def job(self, stage: str) -> Path:
+        """The run directory of one stage."""
+        (folder,) = self.output_dir.glob(f"multiruns/*/*-{stage}-*")
+        return folder
+
+    def metrics(self, stage: str) -> dict[str, Any]:
+        """Its metrics.json."""
+        return json.loads((self.job(stage) / "metrics.json").read_text())
+
+    @property
+    def fp32_ckpt(self) -> Path:
+        """What ptq and qat started from."""
+        return self.output_dir / "fp32" / "digits-resnet18-seed0.ckpt"
+
+
+@pytest.fixture(scope="session")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
+    """The README's main command, in a process of its own."""
+    output_dir = tmp_path_factory.mktemp("road")
+    command = "-m stage=fp32,ptq,qat data=digits"
+    done = run_train(*command.split(), f"output_dir={output_dir}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Road(output_dir, done.stdout)
+
+
+def run_train(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python train.py ...` to its end."""
+    return subprocess.run(
+        [sys.executable, str(TRAIN), *args],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        cwd=TRAIN.parent,
+    )
+
+
+Train = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def train(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Train:
+    """Run train.py in this process (its start costs seconds); gives exit status and output."""
+
+    def run(*args: str) -> tuple[int, str]:
+        given = any(arg.startswith("output_dir=") for arg in args)
+        output_dir = [] if given else [f"output_dir={tmp_path}/out"]
+        monkeypatch.setattr(sys, "argv", [str(TRAIN), *args, *output_dir])
+        capfd.readouterr()
+        status: Any = 0
+        try:
+            runpy.run_path(str(TRAIN), run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+        printed, errors = capfd.readouterr()
+        return status, printed + errors
+
+    return run

@@ -1,0 +1,261 @@
+"""QuantizationAwareTraining in somebody else's LightningModule."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.ao import quantization as tq
+from torch.ao.nn import quantized as nnq
+from torch.ao.nn.intrinsic import quantized as nniq
+
+from lightning_qat import QuantizationAwareTraining
+from tests.quantization.networks import SmallModule, SmallNet, images, loader
+
+
+def trainer_with(*callbacks: pl.Callback, folder: Path, **kwargs: Any) -> pl.Trainer:
+    return pl.Trainer(
+        **{
+            "max_epochs": 2,
+            "callbacks": list(callbacks),
+            "default_root_dir": folder,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+            **kwargs,
+        }
+    )
+
+
+@pytest.fixture
+def fitted(tmp_path: Path) -> tuple[SmallModule, QuantizationAwareTraining]:
+    torch.manual_seed(0)
+    module, callback = SmallModule(), QuantizationAwareTraining()
+    trainer_with(callback, folder=tmp_path).fit(module, loader(), loader(seed=1))
+    return module, callback
+
+
+def fake_quants(net: nn.Module) -> dict[str, Any]:
+    return {name: m for name, m in net.named_modules() if isinstance(m, tq.FakeQuantizeBase)}
+
+
+def scales(net: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: value.clone()
+        for name, value in net.state_dict().items()
+        if name.endswith(("scale", "zero_point", "min_val", "max_val"))
+    }
+
+
+def test_every_weight_and_activation_is_fake_quantised(fitted: Any) -> None:
+    module, _ = fitted
+    # 4 weights and their outputs, the sum, the input, the input of the linear layer
+    assert len(fake_quants(module.net)) == 4 + 4 + 1 + 2
+    module.eval()
+    x, _ = images()
+    quantised = module.net(x)
+    module.net.apply(tq.disable_fake_quant)
+    assert not torch.equal(module.net(x), quantised)
+
+
+def test_the_int8_model_runs_integer_kernels(fitted: Any) -> None:
+    _, callback = fitted
+    types = [type(m) for m in callback.int8_model.modules()]
+    assert types.count(nniq.ConvReLU2d) == 2
+    assert types.count(nnq.Conv2d) == 1
+    assert types.count(nnq.Linear) == 1
+    assert types.count(nnq.QFunctional) == 1
+    assert not {nn.Conv2d, nn.BatchNorm2d, nn.Linear} & set(types)
+    assert torch.jit.script(callback.int8_model)(images()[0]).shape == (64, 4)
+
+
+def test_the_int8_model_carries_the_trained_scales(fitted: Any) -> None:
+    module, callback = fitted
+    trained = dict(module.net.named_modules())
+    checked = 0
+    for name, layer in callback.int8_model.named_modules():
+        if isinstance(layer, nnq.Conv2d | nnq.Linear):
+            fake_quant = trained[name].weight_fake_quant
+            assert torch.equal(layer.weight().q_per_channel_scales().float(), fake_quant.scale)
+            assert layer.scale == trained[name].activation_post_process.scale.item()
+            assert layer.zero_point == trained[name].activation_post_process.zero_point.item()
+            checked += 1
+    assert checked == 4
+
+
+def test_int8_agrees_with_fake_quant_to_one_step(fitted: Any) -> None:
+    module, callback = fitted
+    x, _ = images(count=512, seed=5)
+    step = module.net.fc.activation_post_process.scale
+    with torch.no_grad():
+        difference = (module.net.eval()(x) - callback.int8_model(x)).abs() / step
+    assert difference.max() < 1.5
+    assert (difference < 0.5).float().mean() > 0.99
+
+
+def test_values_beyond_the_observed_range_are_clipped_where_the_kernels_clip(fitted: Any) -> None:
+    module, callback = fitted
+    x = images()[0] * 1.7
+    step = module.net.fc.activation_post_process.scale
+    with torch.no_grad():
+        inputs = module.net.eval().quant_x(x)
+        assert inputs.max() > 128 * module.net.quant_x.activation_post_process.scale
+        assert (module.net(x) - callback.int8_model(x)).abs().max() < 1.5 * step
+
+
+def test_only_training_steps_move_observers(tmp_path: Path, fitted: Any) -> None:
+    module, callback = fitted
+    trainer = trainer_with(callback, folder=tmp_path)
+    before = scales(module.net)
+    wild = loader(seed=3, scale=100.0)
+    trainer.validate(module, wild, verbose=False)
+    trainer.test(module, wild, verbose=False)
+    module.net.train()(images()[0] * 100)
+    after = scales(module.net)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_validation_inside_fit_moves_no_observer(tmp_path: Path) -> None:
+    def scales_after_fit(val_scale: float) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        module = SmallModule()
+        trainer = trainer_with(QuantizationAwareTraining(), folder=tmp_path, val_check_interval=2)
+        trainer.fit(module, loader(), loader(seed=1, scale=val_scale))
+        return scales(module.net)
+
+    ordinary, wild = scales_after_fit(1.0), scales_after_fit(100.0)
+    assert all(torch.equal(ordinary[name], wild[name]) for name in ordinary)
+
+
+class Recorder(pl.Callback):
+    """Scales and batch-norm statistics at the end of every epoch."""
+
+    def __init__(self) -> None:
+        self.epochs: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        conv: Any = pl_module.get_submodule("net.stem.0")
+        self.epochs.append(
+            (
+                conv.bn.running_mean.clone(),
+                conv.activation_post_process.scale.clone(),
+                conv.weight.detach().clone(),
+            )
+        )
+
+
+def test_batch_norm_and_observers_freeze_at_their_epochs(tmp_path: Path) -> None:
+    recorder = Recorder()
+    callback = QuantizationAwareTraining(freeze_batch_norm_epoch=1, freeze_observer_epoch=2)
+    trainer = trainer_with(callback, recorder, folder=tmp_path, max_epochs=4)
+    trainer.fit(SmallModule(), loader(), loader(seed=1))
+    means, scale, weights = zip(*recorder.epochs, strict=True)
+    assert torch.equal(means[0], means[3])
+    assert not torch.equal(scale[0], scale[1])
+    assert torch.equal(scale[1], scale[3])
+    assert not torch.equal(weights[2], weights[3])
+
+
+def test_the_best_weights_are_converted_where_something_is_monitored(tmp_path: Path) -> None:
+    callback = QuantizationAwareTraining()
+    best = ModelCheckpoint(tmp_path, monitor="val_loss")
+    torch.manual_seed(0)
+    # a learning rate that spoils what the first epochs have learnt
+    module = SmallModule(learning_rate=1.0)
+    trainer = trainer_with(callback, best, folder=tmp_path, max_epochs=5)
+    trainer.fit(module, loader(), loader(seed=1))
+    state = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    assert not torch.equal(state["net.fc.weight"], module.net.fc.weight), "the last is the best"
+    int8: Any = callback.int8_model
+    converted = int8.fc.weight().dequantize()
+    fake_quant: Any = callback.networks["fake_quant"].get_submodule("fc")
+    assert torch.equal(state["net.fc.weight"], fake_quant.weight)
+    assert torch.equal(converted, fake_quant.weight_fake_quant(fake_quant.weight))
+
+
+def test_the_module_stays_usable_and_tests_its_best_checkpoint(tmp_path: Path) -> None:
+    callback, best = QuantizationAwareTraining(), ModelCheckpoint(tmp_path, monitor="val_loss")
+    module = SmallModule()
+    trainer = trainer_with(callback, best, folder=tmp_path)
+    trainer.fit(module, loader(), loader(seed=1))
+    last = trainer.test(module, loader(seed=2), verbose=False)
+    best_figures = trainer.test(module, loader(seed=2), ckpt_path="best", verbose=False)
+    assert last
+    assert best_figures
+    assert fake_quants(module.net)
+
+
+def test_fit_again_goes_on_training_the_same_network(tmp_path: Path, fitted: Any) -> None:
+    module, callback = fitted
+    net, before = module.net, module.net.fc.weight.detach().clone()
+    trainer_with(callback, folder=tmp_path).fit(module, loader())
+    assert module.net is net
+    assert not torch.equal(before, net.fc.weight)
+
+
+def test_a_dotted_target_quantises_a_part(tmp_path: Path) -> None:
+    module, callback = SmallModule(), QuantizationAwareTraining(target="net.block")
+    trainer_with(callback, folder=tmp_path).fit(module, loader())
+    assert fake_quants(module.net.block)
+    assert type(module.net.fc) is nn.Linear
+    features = torch.rand(2, 8, 8, 8)
+    assert callback.int8_model(features).shape == (2, 8, 8, 8)
+
+
+def test_parameters_stay_the_same_objects(tmp_path: Path) -> None:
+    module = SmallModule()
+    before = {id(parameter) for parameter in module.parameters()}
+    trainer_with(QuantizationAwareTraining(), folder=tmp_path).fit(module, loader())
+    assert {id(parameter) for parameter in module.parameters()} == before
+
+
+def test_there_is_no_int8_model_before_fit() -> None:
+    with pytest.raises(RuntimeError, match=r"when `trainer.fit` ends"):
+        _ = QuantizationAwareTraining().int8_model
+
+
+def test_a_missing_target_is_named_with_what_there_is(tmp_path: Path) -> None:
+    callback = QuantizationAwareTraining(target="network")
+    with pytest.raises(ValueError, match=r"target='network'.*It has: net"):
+        trainer_with(callback, folder=tmp_path).fit(SmallModule(), loader())
+
+
+def test_a_target_with_nothing_to_quantise_is_refused(tmp_path: Path) -> None:
+    callback = QuantizationAwareTraining(target="net.stem.2")
+    with pytest.raises(ValueError, match="no layer with an integer kernel"):
+        trainer_with(callback, folder=tmp_path).fit(SmallModule(), loader())
+
+
+class Branching(SmallNet):
+    """Its forward depends on the values in its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+def test_an_untraceable_network_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot trace Branching.*`target`"):
+        trainer_with(QuantizationAwareTraining(), folder=tmp_path).fit(
+            SmallModule(Branching()), loader()
+        )
+
+
+class ReadsWhatIsOverwritten(SmallNet):
+    """Changes a tensor in place that it reads later: fusing cannot keep that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem[1](self.stem[0](x))
+        y = torch.relu_(x)
+        return self.fc((x + y).mean((2, 3)))
+
+
+def test_a_fused_network_that_computes_something_else_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="does not compute what ReadsWhatIsOverwritten"):
+        trainer_with(QuantizationAwareTraining(), folder=tmp_path).fit(
+            SmallModule(ReadsWhatIsOverwritten()), loader()
+        )

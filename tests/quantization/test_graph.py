@@ -1,0 +1,136 @@
+"""The graph pass on networks as people write them: unmodified."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.ao.nn import quantized as nnq
+
+from lightning_qat.quantization.convert import convert
+from lightning_qat.quantization.prepare import check_same_function, prepare_qat
+from lightning_qat.quantization.qconfig import x86
+from tests.quantization.networks import SmallNet
+
+
+def converted(net: nn.Module, images: Tensor) -> nn.Module:
+    """Prepare, check, calibrate on one batch, convert."""
+    torch.manual_seed(0)
+    net.train()(images)  # batch-norm statistics that mean something
+    before = copy.deepcopy(net)
+    prepared = prepare_qat(net, x86())
+    check_same_function(before, prepared, (images,), {})
+    prepared.train()(images)
+    return convert(prepared, "x86")
+
+
+def count(net: nn.Module, kind: type[nn.Module]) -> int:
+    return sum(isinstance(module, kind) for module in net.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "convolutions"),
+    [("resnet18", 20), ("mobilenet_v3_small", 52), ("densenet121", 120), ("vgg11_bn", 8)],
+)
+@pytest.mark.slow
+def test_torchvision_networks_convert_unmodified(name: str, convolutions: int) -> None:
+    net = getattr(torchvision.models, name)(num_classes=10)
+    images = torch.randn(4, 3, 64, 64)
+    model = converted(net, images)
+    assert count(model, nnq.Conv2d) == convolutions
+    assert not any(type(m) in (nn.Conv2d, nn.Linear, nn.BatchNorm2d) for m in model.modules())
+    assert torch.jit.script(model)(images).shape == (4, 10)
+
+
+class Functional(nn.Module):
+    """Arithmetic by operator, function and method; activations as functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = F.relu(self.a(x)), F.hardswish(self.b(x))
+        y = torch.cat([a + b, torch.mul(a, b), a.add(b)], dim=1)
+        y = y.relu() * torch.sigmoid(y)
+        return y.reshape(y.shape[0], -1)
+
+
+def test_functions_become_integer_modules() -> None:
+    model = converted(Functional(), torch.randn(4, 3, 8, 8))
+    assert count(model, nnq.QFunctional) == 5
+    assert count(model, nnq.Hardswish) == 1
+    assert count(model, nnq.Quantize) == 1
+    assert count(model, nnq.DeQuantize) == 1
+    assert torch.jit.script(model)(torch.randn(2, 3, 8, 8)).shape == (2, 12 * 64)
+
+
+class SizesAndNumbers(nn.Module):
+    """Sums of sizes and of numbers are no business of integer kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return (y * 0.5 + 1).reshape(y.size(0) + x.size(0), -1)
+
+
+def test_sizes_and_numbers_are_left_alone() -> None:
+    model = converted(SizesAndNumbers(), torch.randn(4, 3, 8, 8))
+    assert model(torch.randn(2, 3, 8, 8)).shape == (4, 4 * 64 // 2)
+    assert count(model, nnq.QFunctional) == 0
+
+
+class FloatInTheMiddle(nn.Module):
+    """GroupNorm and SiLU stay in float between integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.norm = nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)
+        self.act, self.after = nn.SiLU(), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.act(self.norm(self.before(x))))
+
+
+def test_what_has_no_integer_kernel_stays_in_float_and_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level("INFO"):
+        model = converted(FloatInTheMiddle(), torch.randn(4, 3, 8, 8))
+    assert "norm, act" in caplog.text
+    assert count(model, nnq.Conv2d) == 2
+    assert count(model, nnq.Quantize) == count(model, nnq.DeQuantize) == 2
+    assert model(torch.randn(2, 3, 8, 8)).shape == (2, 4, 4, 4)
+
+
+def test_the_residual_sum_and_its_relu_are_one_integer_operation() -> None:
+    model = converted(SmallNet(), torch.rand(8, 3, 8, 8))
+    assert "quantized::add_relu" in str(torch.jit.script(model).inlined_graph)
+
+
+class SharedConvolution(nn.Module):
+    """One convolution called twice: its weights stay shared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.bn(self.conv(x)))
+
+
+def test_a_convolution_called_twice_is_not_fused_with_what_follows_once() -> None:
+    model = converted(SharedConvolution(), torch.randn(4, 3, 8, 8))
+    assert count(model, nnq.Conv2d) == 1
+    assert count(model, nnq.BatchNorm2d) == 1
+
+
+def test_the_origins_observers_would_fail_here() -> None:
+    """prepare_qat keeps the training mode that it found."""
+    assert not prepare_qat(SmallNet().eval(), x86()).training
+    assert prepare_qat(SmallNet().train(), x86()).training

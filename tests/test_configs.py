@@ -1,0 +1,79 @@
+"""What the configuration files compose to."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from lightning_qat.data import CIFAR10DataModule
+from lightning_qat.module import ImageClassifier
+from lightning_qat.quantization import QCONFIGS
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", list(overrides), return_hydra_config=True)
+        cfg.hydra.runtime.output_dir = "run"
+        HydraConfig.instance().set_config(cfg)
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("stage", "epochs", "learning_rate"), [("fp32", 200, 0.1), ("qat", 10, 1e-3)]
+)
+def test_experiment_seed_is_the_origins_recipe(
+    stage: str, epochs: int, learning_rate: float
+) -> None:
+    cfg = composed("experiment=seed", f"stage={stage}")
+    cfg.model.weights = None
+    assert cfg.trainer.max_epochs == epochs
+
+    datamodule = instantiate(cfg.data, _convert_="all")
+    assert isinstance(datamodule, CIFAR10DataModule)
+    assert (datamodule.batch_size, datamodule.val_size) == (128, 0)
+    assert (datamodule.padding_mode, datamodule.crop_padding, datamodule.flip) == (
+        "constant",
+        4,
+        True,
+    )
+    assert datamodule.mean == (0.485, 0.456, 0.406)
+    assert datamodule.std == (0.229, 0.224, 0.225)
+
+    module = instantiate(
+        cfg.model, num_classes=10, mean=datamodule.mean, std=datamodule.std, _convert_="all"
+    )
+    assert isinstance(module, ImageClassifier)
+    net: Any = module.net
+    assert net.conv1.kernel_size == (7, 7)
+    optimizers = module.configure_optimizers()
+    group = optimizers["optimizer"].param_groups[0]
+    assert isinstance(optimizers["optimizer"], torch.optim.SGD)
+    assert (group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]) == (
+        learning_rate,
+        0.9,
+        False,
+        1e-4,
+    )
+    schedule = optimizers["lr_scheduler"]
+    assert isinstance(schedule, torch.optim.lr_scheduler.MultiStepLR)
+    assert (list(schedule.milestones), schedule.gamma) == ([100, 150], 0.1)
+
+
+@pytest.mark.parametrize("name", QCONFIGS)
+def test_every_named_qconfig_is_a_choice(name: str) -> None:
+    qconfig = instantiate(composed("stage=qat", f"qconfig={name}").callbacks.result.qconfig)
+    assert qconfig.engine == QCONFIGS[name]().engine
+    assert sorted(path.stem for path in (CONF / "qconfig").iterdir()) == sorted(QCONFIGS)
+
+
+@pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_file_opens_with_what_it_is_for(file: Path) -> None:
+    lines = file.read_text().splitlines()
+    assert any(line.startswith("# ") and "@package" not in line for line in lines[:3])

@@ -1,0 +1,123 @@
+"""The main command on the embedded data: what the user holds afterwards."""
+
+import csv
+import re
+
+import pytest
+import torch
+
+from lightning_qat.data import DigitsDataModule
+from lightning_qat.deployment.accuracy import accuracy, predict_test_set
+from tests.conftest import Road
+
+pytestmark = pytest.mark.slow
+
+
+def test_fp32_learns_the_digits(road: Road) -> None:
+    assert road.metrics("fp32")["accuracy"]["fp32"] >= 0.97
+
+
+@pytest.mark.parametrize("stage", ["ptq", "qat"])
+def test_int8_is_as_accurate_as_fp32(road: Road, stage: str) -> None:
+    figures = road.metrics(stage)["accuracy"]
+    assert figures["int8"] >= figures["fp32"] - 0.01
+
+
+@pytest.mark.parametrize("stage", ["ptq", "qat"])
+def test_int8_is_the_network_that_was_trained(road: Road, stage: str) -> None:
+    metrics = road.metrics(stage)
+    assert metrics["agreement"]["int8_vs_fake_quant"] >= 1 - 1 / metrics["test_images"]
+
+
+@pytest.mark.parametrize("stage", ["ptq", "qat"])
+def test_int8_is_four_times_smaller_and_faster(road: Road, stage: str) -> None:
+    metrics = road.metrics(stage)
+    assert metrics["size_bytes"]["int8"] < 0.27 * metrics["size_bytes"]["fp32"]
+    latency = metrics["latency_ms"]
+    assert latency["int8_torchscript"]["p50"] < latency["fp32_torchscript"]["p50"]
+    for runtime in ("fp32_eager", "fp32_torchscript", "int8_eager", "int8_torchscript"):
+        assert 0 < latency[runtime]["p50"] <= latency[runtime]["p95"]
+
+
+def test_every_stage_starts_from_the_same_float_network(road: Road) -> None:
+    of_stages = {road.metrics(stage)["accuracy"]["fp32"] for stage in ("fp32", "ptq", "qat")}
+    assert len(of_stages) == 1
+
+
+def test_metrics_say_what_was_run_and_where(road: Road) -> None:
+    metrics = road.metrics("qat")
+    said = {key: metrics[key] for key in ("stage", "data", "model", "qconfig", "seed", "status")}
+    assert said == {
+        "stage": "qat",
+        "data": "digits",
+        "model": "resnet18",
+        "qconfig": "x86",
+        "seed": 0,
+        "status": 0,
+    }
+    assert metrics["epochs"] == 2
+    assert road.metrics("ptq")["epochs"] == 0
+    assert road.metrics("fp32")["qconfig"] is None
+    assert {"torch", "python", "cpu", "vnni", "threads", "gpu", "commit"} <= set(
+        metrics["environment"]
+    )
+
+
+def test_the_exported_file_classifies_the_test_images_by_itself(road: Road) -> None:
+    model = torch.jit.load(road.job("qat") / "model_int8.ts")
+    datamodule = DigitsDataModule()
+    datamodule.setup("test")
+    logits, labels = predict_test_set({"int8": model}, datamodule)
+    assert accuracy(logits["int8"], labels) == road.metrics("qat")["accuracy"]["int8"]
+
+
+def test_the_exported_file_runs_integer_kernels(road: Road) -> None:
+    model = torch.jit.load(road.job("qat") / "model_int8.ts")
+    graph = str(model.inlined_graph)
+    assert len(re.findall(r"quantized::conv2d(_relu)?\(", graph)) == 20
+    assert len(re.findall(r"quantized::linear\(", graph)) == 1
+    assert len(re.findall(r"quantized::add_relu\(", graph)) == 8
+    assert "aten::conv2d" not in graph
+    assert "aten::batch_norm" not in graph
+
+
+def test_checkpoints_where_something_was_trained(road: Road) -> None:
+    for stage, names in {
+        "fp32": {"best.ckpt", "last.ckpt"},
+        "qat": {"best.ckpt", "last.ckpt"},
+    }.items():
+        assert {path.name for path in (road.job(stage) / "checkpoints").iterdir()} == names
+    assert not (road.job("ptq") / "checkpoints").exists()
+
+
+def test_checkpoints_load_without_executing_anything(road: Road) -> None:
+    files = [road.fp32_ckpt, *road.job("qat").glob("checkpoints/*.ckpt")]
+    assert len(files) == 3
+    for file in files:
+        hyper_parameters = torch.load(file, weights_only=True)["hyper_parameters"]
+        assert type(hyper_parameters) is dict
+        assert hyper_parameters["num_classes"] == 10
+
+
+def test_curves_are_logged(road: Road) -> None:
+    with (road.job("qat") / "csv" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for name in ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "lr-SGD"):
+        assert any(row[name] for row in rows), name
+    assert list((road.job("qat") / "tensorboard").glob("events.*"))
+
+
+def test_the_sweep_ends_with_a_table(road: Road) -> None:
+    (file,) = road.output_dir.glob("multiruns/*/sweep.csv")
+    with file.open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["stage"] for row in rows] == ["fp32", "ptq", "qat"]
+    assert float(rows[2]["accuracy.int8"]) == road.metrics("qat")["accuracy"]["int8"]
+    table = road.printed[road.printed.rindex("stage") :]
+    assert f"{road.metrics('qat')['accuracy']['int8']:.2%}" in table
+    assert max(map(len, table.splitlines())) <= 80
+
+
+def test_nothing_deprecated_or_noisy_is_printed(road: Road) -> None:
+    assert "Deprecat" not in road.printed
+    assert "deprecated" not in road.printed
