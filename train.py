@@ -55,8 +55,9 @@ def main(cfg: DictConfig) -> None:
         "model": choices["model"],
         "qconfig": choices["qconfig"] if "qconfig" in cfg.callbacks.result else None,
         "seed": cfg.seed,
-        "epochs": trainer.current_epoch,
+        "epochs": trainer.current_epoch if trainer.global_step else 0,  # calibration trains none
         **evaluate(callbacks["result"].networks, datamodule, folder),
+        "command": " ".join(["python train.py", *HydraConfig.get().overrides.task]),
         "environment": environment(),
     }
     write_metrics(metrics, folder)

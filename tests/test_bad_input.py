@@ -111,3 +111,13 @@ def test_a_checkpoint_that_would_run_code_is_refused(train: Train, tmp_path: Pat
 
 def _from(road: Road, option: str) -> list[str]:
     return [] if option == "fp32_ckpt" else [f"fp32_ckpt={road.fp32_ckpt}"]
+
+
+def test_corrupted_archive(train: Train, tmp_path: Path) -> None:
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    archive.write_bytes(b"not an archive")
+    status, printed = train("stage=fp32", f"data.root={tmp_path}")
+    assert status == 2, printed
+    assert str(archive) in printed.replace("\n", "")
+    assert "Traceback" not in printed
+    assert archive.read_bytes() == b"not an archive"

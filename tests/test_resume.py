@@ -12,7 +12,8 @@ pytestmark = pytest.mark.slow
 # keeps the checkpoint of every epoch, which `last` overwrites
 EVERY_EPOCH = (
     "+callbacks.every={_target_: pytorch_lightning.callbacks.ModelCheckpoint, save_top_k: -1, "
-    "dirpath: %s, filename: '{epoch}', save_on_train_epoch_end: true}"
+    "monitor: train/loss, save_on_train_epoch_end: true, auto_insert_metric_name: false, "
+    "dirpath: %s, filename: '{epoch}'}"
 )
 
 
@@ -34,7 +35,7 @@ def test_same_weights_and_scales_as_without_the_break(
         ]
     whole, resumed = f"hydra.run.dir={tmp_path}/whole", f"hydra.run.dir={tmp_path}/resumed"
     assert train(*args, whole, EVERY_EPOCH % (tmp_path / "epochs"))[0] == 0
-    broken_off = tmp_path / "epochs" / "epoch=0.ckpt"
+    broken_off = tmp_path / "epochs" / "0.ckpt"
     assert train(*args, resumed, f"ckpt_path={broken_off}")[0] == 0
 
     states = [

@@ -58,7 +58,7 @@ def test_metrics_say_what_was_run_and_where(road: Road) -> None:
     assert metrics["epochs"] == 2
     assert road.metrics("ptq")["epochs"] == 0
     assert road.metrics("fp32")["qconfig"] is None
-    assert {"torch", "python", "cpu", "vnni", "threads", "gpu", "commit"} <= set(
+    assert {"torch", "python", "cpu", "vnni", "threads", "gpu", "commit", "date"} <= set(
         metrics["environment"]
     )
 

@@ -79,6 +79,7 @@ def test_conversion_leaves_the_global_engine_alone(tmp_path: Path) -> None:
     callback = QuantizationAwareTraining("qnnpack")
     trainer_with(callback, folder=tmp_path, max_epochs=1).fit(SmallModule(), loader())
     assert torch.backends.quantized.engine == before
+    assert callback.int8_model.engine == "qnnpack"
 
 
 def test_the_observed_maximum_maps_to_127_and_values_are_kept_up_to_255() -> None:

@@ -1,6 +1,8 @@
 """From the trained fake-quantised network to integers."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ def convert(fake_quantised: nn.Module, engine: str) -> nn.Module:
     for weights (max|w| / 127.5 against max|w| / 127) and then rounds 15 % of a first layer's
     weights one step away from where they were trained.
 
+    Its attribute ``engine`` says which of torch's quantised engines it is packed for.
+
     Raises:
         RuntimeError: a layer has no integer kernel in ``engine``.
     """
@@ -24,10 +28,18 @@ def convert(fake_quantised: nn.Module, engine: str) -> nn.Module:
         if isinstance(module, tq.FakeQuantizeBase):
             module.disable_observer()  # convert passes the weights through once more
             module.calculate_qparams = _TrainedQParams(module)  # type: ignore[assignment]
-    # the engine is global in torch, and decides how weights are packed
+    with quantised_engine(engine):
+        model = tq.convert(model, inplace=True)
+    model.engine = engine
+    return model
+
+
+@contextmanager
+def quantised_engine(engine: str) -> Iterator[None]:
+    """Let torch pack and load quantised weights for ``engine``, which is global in torch."""
     previous, torch.backends.quantized.engine = torch.backends.quantized.engine, engine
     try:
-        return tq.convert(model, inplace=True)
+        yield
     finally:
         torch.backends.quantized.engine = previous
 

@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor, GPU and commit; what is not known here is None."""
+    """Versions, processor, GPU, commit and date; what is not known here is None."""
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -18,6 +19,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "commit": _commit(),
+        "date": datetime.now(UTC).date().isoformat(),
     }
 
 

@@ -15,19 +15,17 @@ from rich.table import Table
 from lightning_qat.cli import FAILURE_FILE, worst
 from lightning_qat.report.metrics import FILE_NAME
 
-# Column of sweep.csv -> title in the printed table.
+# Title in the printed table -> columns of sweep.csv, two of them as "FP32→INT8".
 COLUMNS = {
-    "stage": "stage",
-    "qconfig": "qconfig",
-    "seed": "seed",
-    "accuracy.fp32": "FP32",
-    "accuracy.fake_quant": "fake-quant",
-    "accuracy.int8": "INT8",
-    "agreement.int8_vs_fake_quant": "agree",
-    "size_bytes.fp32": "FP32 MB",
-    "size_bytes.int8": "INT8 MB",
-    "latency_ms.fp32_eager.p50": "FP32 ms",
-    "latency_ms.int8_torchscript.p50": "INT8 ms",
+    "stage": ["stage"],
+    "qconfig": ["qconfig"],
+    "seed": ["seed"],
+    "FP32": ["accuracy.fp32"],
+    "fake-quant": ["accuracy.fake_quant"],
+    "INT8": ["accuracy.int8"],
+    "agree": ["agreement.int8_vs_fake_quant"],
+    "MB": ["size_bytes.fp32", "size_bytes.int8"],
+    "ms": ["latency_ms.fp32_eager.p50", "latency_ms.int8_torchscript.p50"],
 }
 
 
@@ -38,9 +36,10 @@ class SweepReport(Callback):
         """Write sweep.csv, print the table, end with the worst status of the jobs."""
         folder = Path(config.hydra.sweep.dir)
         rows = [_read_job(job) for job in _job_folders(folder)]
-        names = sorted({name for row in rows for name in row} - set(COLUMNS) - {"job"})
+        first = ["job", *(name for names in COLUMNS.values() for name in names)]
+        others = sorted({name for row in rows for name in row} - set(first))
         with (folder / "sweep.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["job", *COLUMNS, *names])
+            writer = csv.DictWriter(file, [*first, *others])
             writer.writeheader()
             writer.writerows(rows)
         _print(rows)
@@ -83,12 +82,20 @@ def _print(rows: list[dict[str, Any]]) -> None:
     console = Console()
     if done:
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # to fit into 80 columns
-        for title in COLUMNS.values():
-            table.add_column(title, justify="left" if title in ("stage", "qconfig") else "right")
+        for title in COLUMNS:
+            words = title in ("stage", "qconfig")
+            table.add_column(title, justify="left" if words else "right", no_wrap=not words)
         for row in done:
-            table.add_row(*(_cell(name, row.get(name)) for name in COLUMNS))
+            table.add_row(
+                *(
+                    "→".join(filter(None, (_cell(name, row.get(name)) for name in names)))
+                    for names in COLUMNS.values()
+                )
+            )
         console.print(table)
-        console.print("ms: median of one image on one thread; FP32 eager, INT8 TorchScript.")
+        console.print(
+            "MB, ms: FP32→INT8. ms: median of one image on one thread, eager→TorchScript."
+        )
     for row in rows:
         if row["status"]:
             message = str(row["message"]).splitlines()[0]

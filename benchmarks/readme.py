@@ -1,0 +1,114 @@
+"""Write the README's table and plot from the metrics.json files in benchmarks/results/.
+
+After a measurement on a quiet machine:
+
+    cp outputs/multiruns/<time>/<job>/metrics.json benchmarks/results/<name>/<stage>.json
+    python benchmarks/readme.py
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PLOT = RESULTS / "accuracy_latency.svg"
+
+
+def load() -> dict[str, dict[str, dict[str, Any]]]:
+    """metrics.json by result folder and stage; `ptq` and `qat` are there in each."""
+    return {
+        folder.name: {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
+        for folder in sorted(RESULTS.iterdir())
+        if folder.is_dir()
+    }
+
+
+def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """One row for each network of each result, FP32 first."""
+    lines = [
+        "| ResNet18 | | test accuracy | agreement with fake-quant | size | 1 image, 1 thread |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    notes = []
+    for name, stages in results.items():
+        for title, stage, network in ROWS:
+            lines.append(_row(stages[stage], name if title == "FP32" else "", title, network))
+        qat = stages["qat"]
+        where = qat["environment"]
+        notes.append(
+            f"{name}: seed {qat['seed']}, {stages['fp32']['epochs']} FP32 and {qat['epochs']} QAT "
+            f"epochs, {where['cpu']} ({'with' if where['vnni'] else 'without'} VNNI), torch "
+            f"{where['torch']}, {where['date']}, commit {where['commit'][:10]}: "
+            f"`{_whole_road(qat['command'])}`."
+        )
+    return "\n".join([*lines, "", *notes])
+
+
+ROWS = [("FP32", "qat", "fp32"), ("PTQ INT8", "ptq", "int8"), ("QAT INT8", "qat", "int8")]
+
+
+def _row(metrics: dict[str, Any], name: str, title: str, network: str) -> str:
+    accuracy, images = metrics["accuracy"][network], metrics["test_images"]
+    interval = 1.96 * (accuracy * (1 - accuracy) / images) ** 0.5
+    latency = metrics["latency_ms"]
+    # within one run, against the FP32 network as PyTorch runs it: eager
+    ratio = latency["fp32_eager"]["p50"] / latency[_runtime(network)]["p50"]
+    agreement = f"{metrics['agreement']['int8_vs_fake_quant']:.2%}" if network == "int8" else ""
+    return (
+        f"| {name} | {title} | {accuracy:.2%} ± {interval:.2%} | {agreement} "
+        f"| {metrics['size_bytes'][network] / 1e6:.1f} MB | {ratio:.1f}x |"
+    )
+
+
+def _runtime(network: str) -> str:
+    return "fp32_eager" if network == "fp32" else "int8_torchscript"
+
+
+def _whole_road(command: str) -> str:
+    return command.replace("stage=qat", "stage=fp32,ptq,qat").replace("train.py", "train.py -m")
+
+
+def plot(results: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Accuracy against speed, with the binomial interval."""
+    plt.rcParams["svg.hashsalt"] = "lightning_qat"  # the same picture for the same figures
+    figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+    for name, stages in results.items():
+        for (title, stage, network), marker in zip(ROWS, "osD", strict=True):
+            metrics = stages[stage]
+            accuracy = metrics["accuracy"][network]
+            latency = metrics["latency_ms"]
+            axes.errorbar(
+                latency["fp32_eager"]["p50"] / latency[_runtime(network)]["p50"],
+                100 * accuracy,
+                yerr=196 * (accuracy * (1 - accuracy) / metrics["test_images"]) ** 0.5,
+                marker=marker,
+                capsize=3,
+                label=f"{title}, {name}",
+            )
+    axes.set_xlabel("speed at 1 image on 1 thread, FP32 eager = 1")
+    axes.set_ylabel("test accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", fontsize="small")
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+def main() -> None:
+    """Put both where the README has them."""
+    results = load()
+    readme = ROOT / "README.md"
+    text = re.sub(
+        r"(<!-- results -->\n).*?(<!-- /results -->)",
+        lambda match: f"{match[1]}{table(results)}\n{match[2]}",
+        readme.read_text(),
+        flags=re.DOTALL,
+    )
+    readme.write_text(text)
+    plot(results)
+
+
+if __name__ == "__main__":
+    main()

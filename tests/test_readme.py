@@ -1,0 +1,46 @@
+"""The README's example runs, and what it names exists."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_callback_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = (
+        code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "fit(" in code
+    )
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["logits"].shape == (1, 10)
+    assert torch.isfinite(names["logits"]).all()
+
+
+def test_every_choice_in_the_readme_is_a_config_file() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", README, re.M)
+    groups = {group: re.findall(r"`(\w+)`", choices) for group, choices in rows}
+    folders = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
+    assert sorted(groups) == folders
+    for group, choices in groups.items():
+        assert sorted(choices) == sorted(path.stem for path in (ROOT / "conf" / group).iterdir())
+
+
+def test_importing_the_package_pulls_in_neither_hydra_nor_plotting() -> None:
+    code = (
+        "import sys, pytorch_lightning; before = set(sys.modules); "
+        "from lightning_qat import QuantizationAwareTraining; "
+        "print({name.partition('.')[0] for name in set(sys.modules) - before})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    added = ast.literal_eval(done.stdout)
+    assert "lightning_qat" in added
+    assert not added & {"hydra", "omegaconf", "matplotlib", "rich", "sklearn"}
