@@ -35,12 +35,13 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     ]
     notes = []
     for name, stages in results.items():
+        label = name.replace("_", " ")
         for title, stage, network in ROWS:
-            lines.append(_row(stages[stage], name if title == "FP32" else "", title, network))
+            lines.append(_row(stages[stage], label if title == "FP32" else "", title, network))
         qat = stages["qat"]
         where = qat["environment"]
         notes.append(
-            f"{name}: seed {qat['seed']}, {stages['fp32']['epochs']} FP32 and {qat['epochs']} QAT "
+            f"{label}: seed {qat['seed']}, {stages['fp32']['epochs']} FP32 and {qat['epochs']} QAT "
             f"epochs, {where['cpu']} ({'with' if where['vnni'] else 'without'} VNNI), torch "
             f"{where['torch']}, {where['date']}, commit {where['commit'][:10]}: "
             f"`{_whole_road(qat['command'])}`."
@@ -87,7 +88,7 @@ def plot(results: dict[str, dict[str, dict[str, Any]]]) -> None:
                 yerr=196 * (accuracy * (1 - accuracy) / metrics["test_images"]) ** 0.5,
                 marker=marker,
                 capsize=3,
-                label=f"{title}, {name}",
+                label=f"{title}, {name.replace('_', ' ')}",
             )
     axes.set_xlabel("speed at 1 image on 1 thread, FP32 eager = 1")
     axes.set_ylabel("test accuracy, %")

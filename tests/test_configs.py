@@ -34,6 +34,8 @@ def test_experiment_seed_is_the_origins_recipe(
     cfg = composed("experiment=seed", f"stage={stage}")
     cfg.model.weights = None
     assert cfg.trainer.max_epochs == epochs
+    assert cfg.callbacks.result.get("freeze_batch_norm_epoch") is None
+    assert cfg.callbacks.result.get("freeze_observer_epoch") is None
 
     datamodule = instantiate(cfg.data, _convert_="all")
     assert isinstance(datamodule, CIFAR10DataModule)

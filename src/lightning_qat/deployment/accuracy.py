@@ -33,9 +33,9 @@ def predict_test_set(
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share of images, 0..1, whose highest logit is the label's."""
-    return (logits.argmax(1) == labels).float().mean().item()
+    return (logits.argmax(1) == labels).double().mean().item()
 
 
 def agreement(logits: Tensor, others: Tensor) -> float:
     """Share of images, 0..1, that two models put into the same class, right or wrong."""
-    return (logits.argmax(1) == others.argmax(1)).float().mean().item()
+    return (logits.argmax(1) == others.argmax(1)).double().mean().item()

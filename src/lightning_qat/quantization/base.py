@@ -47,7 +47,6 @@ class QuantizationCallback(pl.Callback):
         self.qconfig, self.engine = resolve_qconfig(qconfig, allow_saturation)
         self.target = target
         self.networks: dict[str, nn.Module] = {}
-        self._observe = True
 
     @property
     def int8_model(self) -> nn.Module:

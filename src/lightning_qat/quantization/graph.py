@@ -129,7 +129,7 @@ def mark_integer_regions(graph_module: fx.GraphModule, qconfig: tq.QConfig) -> l
         elif functional is not None:
             functional.qconfig = qconfig
             is_integer[node] = True
-        elif kind in _SAME_SCALE:
+        elif node.op.startswith("call") and kind in _SAME_SCALE:
             is_integer[node] = bool(sources) and all(is_integer[source] for source in sources)
         else:
             is_integer[node] = False
@@ -148,7 +148,8 @@ def _shape_nodes(graph: fx.Graph) -> set[fx.Node]:
     shapes: set[fx.Node] = set()
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        if node.target in _SHAPE_QUERIES or (inputs and all(source in shapes for source in inputs)):
+        asks = node.op in ("call_function", "call_method") and node.target in _SHAPE_QUERIES
+        if asks or (inputs and all(source in shapes for source in inputs)):
             shapes.add(node)
     return shapes
 

@@ -47,6 +47,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         super().__init__(qconfig, target, allow_saturation=allow_saturation)
         self.freeze_batch_norm_epoch = freeze_batch_norm_epoch
         self.freeze_observer_epoch = freeze_observer_epoch
+        self._observe = True
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Freeze what this epoch trains without."""

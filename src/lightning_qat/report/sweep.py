@@ -84,7 +84,12 @@ def _print(rows: list[dict[str, Any]]) -> None:
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # to fit into 80 columns
         for title in COLUMNS:
             words = title in ("stage", "qconfig")
-            table.add_column(title, justify="left" if words else "right", no_wrap=not words)
+            table.add_column(
+                title,
+                justify="left" if words else "right",
+                no_wrap=not words,
+                min_width=len(title),
+            )
         for row in done:
             table.add_row(
                 *(
