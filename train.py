@@ -17,7 +17,7 @@ def main(cfg: DictConfig) -> None:
     import pytorch_lightning as pl
     from hydra.utils import instantiate
 
-    from lightning_qat.checkpoint import read_checkpoint
+    from lightning_qat.checkpoint import check_resumable
     from lightning_qat.deployment.evaluate import evaluate
     from lightning_qat.errors import checked_int
     from lightning_qat.report.environment import environment
@@ -40,8 +40,8 @@ def main(cfg: DictConfig) -> None:
     if not datamodule.val_size:
         wanted.pop("best", None)  # nothing is validated, so the last weights count
     callbacks = {name: instantiate(callback) for name, callback in wanted.items()}
-    if cfg.ckpt_path:
-        read_checkpoint(cfg.ckpt_path, "name the last.ckpt of the run to continue.")
+    if cfg.ckpt_path is not None:
+        check_resumable(cfg.ckpt_path)
     loggers = [instantiate(logger) for logger in cfg.logger.values()]
     trainer = instantiate(cfg.trainer, callbacks=list(callbacks.values()), logger=loggers)
     trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)

@@ -13,6 +13,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
+from lightning_qat.report.table import sigma
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PLOT = RESULTS / "accuracy_latency.svg"
@@ -54,7 +56,7 @@ ROWS = [("FP32", "qat", "fp32"), ("PTQ INT8", "ptq", "int8"), ("QAT INT8", "qat"
 
 def _row(metrics: dict[str, Any], name: str, title: str, network: str) -> str:
     accuracy, images = metrics["accuracy"][network], metrics["test_images"]
-    interval = 1.96 * (accuracy * (1 - accuracy) / images) ** 0.5
+    interval = 1.96 * sigma(accuracy, images)
     latency = metrics["latency_ms"]
     # within one run, against the FP32 network as PyTorch runs it: eager
     ratio = latency["fp32_eager"]["p50"] / latency[_runtime(network)]["p50"]
@@ -85,7 +87,7 @@ def plot(results: dict[str, dict[str, dict[str, Any]]]) -> None:
             axes.errorbar(
                 latency["fp32_eager"]["p50"] / latency[_runtime(network)]["p50"],
                 100 * accuracy,
-                yerr=196 * (accuracy * (1 - accuracy) / metrics["test_images"]) ** 0.5,
+                yerr=196 * sigma(accuracy, metrics["test_images"]),
                 marker=marker,
                 capsize=3,
                 label=f"{title}, {name.replace('_', ' ')}",

@@ -28,6 +28,7 @@ class Road:
 
     output_dir: Path
     printed: str
+    warned: str
 
     def job(self, stage: str) -> Path:
         """The run directory of one stage."""
@@ -51,7 +52,7 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
     command = "-m stage=fp32,ptq,qat data=digits"
     done = run_train(*command.split(), f"output_dir={output_dir}")
     assert done.returncode == 0, done.stdout + done.stderr
-    return Road(output_dir, done.stdout)
+    return Road(output_dir, done.stdout, done.stderr)
 
 
 def run_train(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:

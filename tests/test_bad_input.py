@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_qat.network import resnet18
 from tests.conftest import Road, Train
 
 pytestmark = pytest.mark.slow
@@ -18,6 +19,25 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "learning_rate": (["model.learning_rate=fast"], ["learning_rate='fast'", "number"]),
     "no_gpu": (["trainer=gpu"], ["gpu", "trainer=auto"]),
     "diverged": (["model.learning_rate=1e12"], ["loss became", "Lower model.learning_rate"]),
+    "seed_too_large": (["seed=99999999999"], ["seed=99999999999", "4294967295"]),
+    "one_image_a_step": (["data.batch_size=1"], ["raise data.batch_size"]),
+    "flip_word": (["data.flip=maybe"], ["flip='maybe'", "true or false"]),
+    "nesterov": (["model.momentum=0"], ["model.momentum above 0"]),
+    "milestones": (["model.milestones=5"], ["model.milestones=5", "list"]),
+    "stem": (["model.net.stem=imagenett"], ["imagenett", "cifar or imagenet"]),
+    "accelerator": (["trainer.accelerator=abacus"], ["abacus", "trainer"]),
+    "precision": (["+trainer.precision=5"], ["precision", "trainer"]),
+    "limit": (["trainer.limit_train_batches=few"], ["trainer"]),
+    "weights_number": (["model.weights=5"], ["5", "path"]),
+    "ckpt_number": (["ckpt_path=5"], ["5", "path"]),
+    "root_number": (["data=cifar10", "data.root=5"], ["data.root=5", "path"]),
+    "fp32_ckpt_is_a_folder": (["fp32_ckpt=/tmp"], ["fp32_ckpt=/tmp"]),
+    "fp32_ckpt_null": (["stage=qat", "fp32_ckpt=null"], ["starts from trained weights"]),
+    "freeze_word": (
+        ["stage=qat", "callbacks.result.freeze_observer_epoch=soon"],
+        ["freeze_observer_epoch='soon'"],
+    ),
+    "saturation_word": (["stage=qat", "allow_saturation=no_way"], ["allow_saturation='no_way'"]),
     "unknown_argument": (["+data.colour=red"], ["colour", "DigitsDataModule"]),
     "fp32_missing": (
         ["stage=qat", "fp32_ckpt=nowhere.ckpt"],
@@ -39,9 +59,10 @@ def everything_in(folder: Path) -> dict[Path, bytes]:
     }
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU for one case")
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_is_named_and_nothing_is_overwritten(name: str, train: Train, road: Road) -> None:
+    if name == "no_gpu" and torch.cuda.is_available():
+        pytest.skip("this machine has one")
     args, words = MISTAKES[name]
     before = everything_in(road.output_dir)
     status, printed = train(
@@ -94,6 +115,45 @@ def test_resuming_from_a_run_of_another_stage(train: Train, road: Road) -> None:
     )
     assert status == 2, printed
     assert "another" in printed
+
+
+def test_resuming_from_weights_only(train: Train, road: Road) -> None:
+    status, printed = train("data=digits", f"ckpt_path={road.fp32_ckpt}")
+    assert status == 2, printed
+    assert "not the state of a run" in printed
+
+
+def test_resuming_with_another_length(train: Train, road: Road) -> None:
+    last = road.job("fp32") / "checkpoints" / "last.ckpt"
+    status, printed = train("data=digits", f"ckpt_path={last}", "trainer.max_epochs=20")
+    assert status == 2, printed
+    assert "the same trainer.max_epochs" in printed
+
+
+def test_weights_of_other_data(train: Train, road: Road) -> None:
+    status, printed = train(
+        "data=digits", "stage=qat", f"fp32_ckpt={road.fp32_ckpt}", "+data.mean=[0.1,0.2,0.3]"
+    )
+    assert status == 2, printed
+    assert "was trained with mean" in printed
+
+
+def test_published_weights_for_other_classes_are_no_start_for_qat(
+    train: Train, tmp_path: Path
+) -> None:
+    torch.save(resnet18(num_classes=7).state_dict(), tmp_path / "seven.pth")
+    status, printed = train("data=digits", "stage=qat", f"fp32_ckpt={tmp_path}/seven.pth")
+    assert status == 2, printed
+    assert "class count" in printed
+
+
+@pytest.mark.parametrize("multirun", [[], ["-m"]], ids=["single", "multirun"])
+def test_output_dir_that_cannot_be_made(multirun: list[str], train: Train, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    status, printed = train(*multirun, "data=digits", f"output_dir={tmp_path}/file/outputs")
+    assert status == 2, printed
+    assert "output_dir" in printed
+    assert "Traceback" not in printed
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(train: Train, tmp_path: Path) -> None:

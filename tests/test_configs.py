@@ -32,7 +32,6 @@ def test_experiment_seed_is_the_origins_recipe(
     stage: str, epochs: int, learning_rate: float
 ) -> None:
     cfg = composed("experiment=seed", f"stage={stage}")
-    cfg.model.weights = None
     assert cfg.trainer.max_epochs == epochs
     assert cfg.callbacks.result.get("freeze_batch_norm_epoch") is None
     assert cfg.callbacks.result.get("freeze_observer_epoch") is None
@@ -49,7 +48,13 @@ def test_experiment_seed_is_the_origins_recipe(
     assert datamodule.std == (0.229, 0.224, 0.225)
 
     module = instantiate(
-        cfg.model, num_classes=10, mean=datamodule.mean, std=datamodule.std, _convert_="all"
+        cfg.model,
+        num_classes=10,
+        mean=datamodule.mean,
+        std=datamodule.std,
+        weights=None,
+        starts_trained=False,
+        _convert_="all",
     )
     assert isinstance(module, ImageClassifier)
     net: Any = module.net

@@ -1,11 +1,17 @@
 """A run that was broken off and continued is the run that was not."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 
+from lightning_qat.best_checkpoint import BestCheckpoint
 from tests.conftest import Road, Train
+from tests.quantization.networks import SmallModule, loader
+from tests.quantization.test_callback import trainer_with
 
 pytestmark = pytest.mark.slow
 
@@ -28,20 +34,48 @@ def test_same_weights_and_scales_as_without_the_break(
         "trainer.limit_train_batches=8",
         f"output_dir={road.output_dir if stage == 'qat' else tmp_path}",
     ]
-    if stage == "qat":  # a freeze on either side of the break
+    if stage == "qat":  # the break is after epoch 1: a freeze on either side of it
         args += [
             "callbacks.result.freeze_observer_epoch=1",
             "callbacks.result.freeze_batch_norm_epoch=2",
         ]
     whole, resumed = f"hydra.run.dir={tmp_path}/whole", f"hydra.run.dir={tmp_path}/resumed"
     assert train(*args, whole, EVERY_EPOCH % (tmp_path / "epochs"))[0] == 0
-    broken_off = tmp_path / "epochs" / "0.ckpt"
+    broken_off = tmp_path / "epochs" / "1.ckpt"
     assert train(*args, resumed, f"ckpt_path={broken_off}")[0] == 0
 
-    states = [
-        torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for run in ("whole", "resumed")
+    for file in ("last.ckpt", "best.ckpt"):
+        states = [
+            torch.load(tmp_path / run / "checkpoints" / file, weights_only=True)["state_dict"]
+            for run in ("whole", "resumed")
+        ]
+        assert states[0].keys() == states[1].keys()
+        for name, tensor in states[0].items():
+            assert torch.equal(tensor, states[1][name]), (file, name)
+    metrics = [
+        json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("whole", "resumed")
     ]
-    assert states[0].keys() == states[1].keys()
-    for name, tensor in states[0].items():
-        assert torch.equal(tensor, states[1][name]), name
+    assert metrics[0]["accuracy"] == metrics[1]["accuracy"]
+
+
+class Scripted(SmallModule):
+    """Its validation accuracies are known beforehand."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/accuracy", (0.5, 0.9, 0.6, 0.7)[self.current_epoch])
+
+
+def test_the_best_epoch_before_the_break_stays_the_best(tmp_path: Path) -> None:
+    def fit(folder: Path, max_epochs: int, ckpt_path: Path | None = None) -> BestCheckpoint:
+        best = BestCheckpoint(folder, "best", "val/accuracy", mode="max")
+        last = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True)
+        trainer = trainer_with(best, last, folder=folder, max_epochs=max_epochs)
+        trainer.fit(Scripted(), loader(), loader(), ckpt_path=ckpt_path, weights_only=True)
+        return best
+
+    before = fit(tmp_path / "before", 2)
+    after = fit(tmp_path / "after", 4, tmp_path / "before" / "last.ckpt")
+    assert after.best_model_score is not None
+    assert after.best_model_score.item() == pytest.approx(0.9)
+    assert Path(after.best_model_path).parent == tmp_path / "after"
+    assert Path(after.best_model_path).read_bytes() == Path(before.best_model_path).read_bytes()

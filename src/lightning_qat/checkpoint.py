@@ -1,7 +1,7 @@
-"""Which weights a run ends with, and the file that carries them to the next stage."""
+"""Which weights a run ends with, and the files that carry them further."""
 
 import logging
-import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_qat.errors import UserError
+from lightning_qat.atomic import atomic_path
+from lightning_qat.errors import UserError, checked_path
 
 log = logging.getLogger(__name__)
 
@@ -22,86 +23,112 @@ def best_weights(trainer: pl.Trainer, target: str) -> dict[str, Tensor] | None:
     """
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
-            state = trainer.strategy.load_checkpoint(callback.best_model_path)["state_dict"]
-            return _below(state, target)
+            try:
+                checkpoint = trainer.strategy.load_checkpoint(callback.best_model_path, True)
+            except pickle.UnpicklingError:  # hyper-parameters that are no plain types
+                # this run has written the file itself
+                checkpoint = trainer.strategy.load_checkpoint(callback.best_model_path, False)
+            return _below(checkpoint["state_dict"], target)
     return None
 
 
-def save_weights(module: pl.LightningModule, path: Path) -> None:
+def save_weights(module: pl.LightningModule, trainer: pl.Trainer, path: Path) -> None:
     """Write the weights of ``module``, whole or not at all, as a Lightning checkpoint."""
+    checkpoint: dict[str, Any] = {
+        "pytorch-lightning_version": pl.__version__,
+        "state_dict": module.state_dict(),
+        "hyper_parameters": dict(module.hparams),
+        "epoch": trainer.current_epoch,
+        "global_step": trainer.global_step,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        checkpoint: dict[str, Any] = {
-            "pytorch-lightning_version": pl.__version__,
-            "state_dict": module.state_dict(),
-            "hyper_parameters": dict(module.hparams),
-            "epoch": module.current_epoch,
-            "global_step": module.global_step,
-        }
+    with atomic_path(path) as partial:
         torch.save(checkpoint, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
-def load_weights(net: nn.Module, path: str | Path, target: str, made_by: str) -> None:
+def load_weights(
+    net: nn.Module, path: str, target: str, hparams: dict[str, Any], *, hint: str, new_head: bool
+) -> None:
     """Load the submodule ``target`` of a Lightning checkpoint, or a plain state dict, into ``net``.
 
-    A plain state dict is somebody's published weights: where only its last layer is of another
-    shape (other classes), that layer stays as it was initialised.
-
     Args:
-        made_by: what to do where there is no such file, for the error message.
+        hparams: hyper-parameters that a Lightning checkpoint must have been trained with.
+        hint: what to do where there is no such file, for the error message.
+        new_head: a plain state dict may be somebody's published weights for other classes: then
+            the last layer stays as it was initialised.
 
     Raises:
         UserError: the file is missing, damaged, or of another network.
     """
-    state = read_checkpoint(path, made_by)
-    if "state_dict" in state:
-        state = _below(state["state_dict"], target)
-    else:
-        state = _without_other_classes(state, net, path)
+    checkpoint = read_checkpoint(path, hint)
+    state = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds no weights; {hint}")
+    if state is not checkpoint:
+        _refuse_other_hparams(checkpoint.get("hyper_parameters", {}), hparams, path, hint)
+        state = _below(state, target)
+    elif new_head:
+        state = _with_own_head(state, net, path)
     try:
         net.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} holds the weights of another network than this {type(net).__name__} (another "
             f"model, stem or class count): {_first_lines(error)}\nName the checkpoint that belongs "
-            f"to it; {made_by}"
+            f"to it; {hint}"
         ) from error
+    log.info("weights of %s", path)
 
 
-def read_checkpoint(path: str | Path, made_by: str) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, hint: str) -> dict[str, Any]:
     """The content of a checkpoint file, read without executing anything in it.
 
     Raises:
         UserError: the file is missing, or is no checkpoint, or not a whole one.
     """
-    if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint {path}: {made_by}")
+    path = Path(checked_path("the path of a checkpoint", path))
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}: {hint}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen kinds for damaged files
         raise UserError(
             f"{path} cannot be read as a checkpoint (truncated, damaged, or not one that PyTorch "
-            f"wrote): {_first_lines(error)}\nDelete or replace it; {made_by}"
+            f"wrote): {_first_lines(error)}\nDelete or replace it; {hint}"
         ) from error
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint; {made_by}")
-    return state
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; {hint}")
+    return checkpoint
 
 
-def _without_other_classes(
-    state: dict[str, Tensor], net: nn.Module, path: str | Path
-) -> dict[str, Tensor]:
+def check_resumable(path: str) -> None:
+    """Check that a run can be continued from this file.
+
+    Raises:
+        UserError: it is missing or damaged, or holds weights only.
+    """
+    hint = "name the checkpoints/last.ckpt of the run to continue."
+    if not {"state_dict", "optimizer_states", "loops"} <= set(read_checkpoint(path, hint)):
+        raise UserError(f"{path} holds weights but not the state of a run; {hint}")
+
+
+def _refuse_other_hparams(
+    saved: dict[str, Any], hparams: dict[str, Any], path: str, hint: str
+) -> None:
+    for name, value in hparams.items():
+        if name in saved and list(saved[name]) != list(value):
+            raise UserError(
+                f"{path} was trained with {name}={list(saved[name])}, this run has "
+                f"{list(value)}: other data or another experiment. {hint}"
+            )
+
+
+def _with_own_head(state: dict[str, Tensor], net: nn.Module, path: str) -> dict[str, Tensor]:
     own = net.state_dict()
     last_layer = list(own)[-1].rpartition(".")[0]
     head = {name: x for name, x in own.items() if name.startswith(f"{last_layer}.")}
-    if all(name in state for name in head) and any(
-        state[name].shape != x.shape for name, x in head.items()
-    ):
-        log.warning("%s is for other classes: %s starts untrained", path, last_layer)
+    if any(name in state and state[name].shape != x.shape for name, x in head.items()):
+        log.warning("%s is for other classes: the layer %s starts untrained", path, last_layer)
         return state | head
     return state
 

@@ -12,20 +12,43 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_qat.atomic import atomic_path
 from lightning_qat.errors import UserError
 
 DONE, OUR_FAULT, USERS_MISTAKE = 0, 1, 2
 FAILURE_FILE = "failure.json"
 
 log = logging.getLogger(__name__)
-_a_job_has_started = False
+_status_is_ours = False
+
+
+class OutputFolderCheck(Callback):
+    """Finds out whether the output folder can be made before Hydra fails to, with a traceback."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """For a single run."""
+        _make(config.hydra.run.dir)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """For a multirun."""
+        _make(config.hydra.sweep.dir)
+
+
+def _make(folder: str) -> None:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"the output folder cannot be made: {error}. Set output_dir=FOLDER.", file=sys.stderr)
+        end(USERS_MISTAKE)
 
 
 def worst(statuses: Iterable[int]) -> int:
@@ -38,8 +61,6 @@ def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
 
     @functools.wraps(task)
     def guarded(cfg: DictConfig) -> None:
-        global _a_job_has_started
-        _a_job_has_started = True
         hydra = HydraConfig.get()
         failure = Path(hydra.runtime.output_dir) / FAILURE_FILE
         failure.unlink(missing_ok=True)
@@ -53,21 +74,29 @@ def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
             else:
                 status = USERS_MISTAKE
                 log.error("%s", message)
-            failure.write_text(json.dumps({"status": status, "message": message}) + "\n")
+            with atomic_path(failure) as partial:
+                partial.write_text(json.dumps({"status": status, "message": message}) + "\n")
             if hydra.mode == RunMode.RUN:
-                sys.exit(status)
+                end(status)
 
     return guarded
 
 
+def end(status: int) -> NoReturn:
+    """End the process with a status of ours, which is then not taken for one of Hydra's."""
+    global _status_is_ours
+    _status_is_ours = True
+    sys.exit(status)
+
+
 def run(main: Callable[[], None]) -> None:
     """Call the function that ``hydra.main`` made, and give what Hydra refuses the status 2."""
-    global _a_job_has_started
-    _a_job_has_started = False
+    global _status_is_ours
+    _status_is_ours = False
     try:
         main()
-    except SystemExit as end:
-        if end.code and not _a_job_has_started:
+    except SystemExit as exit_:
+        if exit_.code and not _status_is_ours:
             sys.exit(USERS_MISTAKE)
         raise
 
@@ -82,8 +111,16 @@ def users_mistake(error: BaseException | None) -> str | None:
                 f"Lightning refuses this configuration: {error} See `python train.py --cfg job` "
                 "(with the same arguments); trainer=auto takes what this machine has."
             )
-        if isinstance(error, InstantiationException) and "unexpected keyword" in str(error):
-            return f"an override names something that does not exist: {error}"
+        if isinstance(error, InstantiationException):
+            if "unexpected keyword" in str(error):
+                return f"an override names something that does not exist: {error}"
+            if "full_key: trainer" in str(error) and not isinstance(error.__cause__, UserError):
+                return (
+                    f"Lightning refuses a value of trainer.*: {error}\ntrainer=auto takes what this "
+                    "machine has."
+                )
+        if "Expected more than 1 value per channel" in str(error):
+            return "batch-norm cannot train on one image a step: raise data.batch_size."
         if "Error(s) in loading state_dict" in str(error) and isinstance(error, RuntimeError):
             return (
                 f"the checkpoint in ckpt_path is of another run (another stage, model or class "

@@ -1,5 +1,7 @@
 """The one exception that means: the user can put this right. And the checks that most need it."""
 
+from typing import Any
+
 
 class UserError(ValueError):
     """A user's mistake or a missing input.
@@ -9,18 +11,20 @@ class UserError(ValueError):
     """
 
 
-def checked_int(name: str, value: int, lowest: int) -> int:
+def checked_int(name: str, value: Any, lowest: int, highest: int | None = None) -> int:
     """`value` itself.
 
     Raises:
-        UserError: it is no integer, or less than `lowest`.
+        UserError: it is no integer, or out of its range.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-        raise UserError(f"{name}={value!r} is not permitted: set it to an integer >= {lowest}.")
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or value < lowest or (highest is not None and value > highest):
+        limits = f">= {lowest}" if highest is None else f"from {lowest} to {highest}"
+        raise UserError(f"{name}={value!r} is not permitted: set it to an integer {limits}.")
     return value
 
 
-def checked_float(name: str, value: float, lowest: float) -> float:
+def checked_float(name: str, value: Any, lowest: float) -> float:
     """`value` itself.
 
     Raises:
@@ -30,3 +34,25 @@ def checked_float(name: str, value: float, lowest: float) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not value >= lowest:
         raise UserError(f"{name}={value!r} is not permitted: set it to a number >= {lowest}.")
     return float(value)
+
+
+def checked_bool(name: str, value: Any) -> bool:
+    """`value` itself.
+
+    Raises:
+        UserError: it is neither True nor False. A string, which would count as true, is neither.
+    """
+    if not isinstance(value, bool):
+        raise UserError(f"{name}={value!r} is not permitted: set it to true or false.")
+    return value
+
+
+def checked_path(name: str, value: Any) -> str:
+    """`value` as a string.
+
+    Raises:
+        UserError: it is no path.
+    """
+    if not isinstance(value, str) and not hasattr(value, "__fspath__"):
+        raise UserError(f"{name}={value!r} is not permitted: set it to a path.")
+    return str(value)

@@ -1,12 +1,14 @@
 """What a finished ``stage=fp32`` leaves for the stages after it."""
 
 import copy
+import os
 from pathlib import Path
 
 import pytorch_lightning as pl
 from torch import nn
 
 from lightning_qat.checkpoint import best_weights, save_weights
+from lightning_qat.errors import UserError, checked_path
 
 
 class LeaveFloatWeights(pl.Callback):
@@ -20,8 +22,26 @@ class LeaveFloatWeights(pl.Callback):
     """
 
     def __init__(self, path: str) -> None:
-        self.path = Path(path)
+        self.path = Path(checked_path("fp32_ckpt", path))
         self.networks: dict[str, nn.Module] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find out before the training whether its result can be written.
+
+        Raises:
+            UserError: it cannot.
+        """
+        folder = self.path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            writable = os.access(folder, os.W_OK)
+        except OSError:
+            writable = False
+        if not writable or self.path.is_dir():
+            raise UserError(
+                f"fp32_ckpt={self.path} is not a file that can be written: name another with "
+                "fp32_ckpt=FILE, or another output_dir."
+            )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file, on one process only."""
@@ -30,4 +50,4 @@ class LeaveFloatWeights(pl.Callback):
             module.load_state_dict(weights)
         self.networks["fp32"] = module.get_submodule("net")
         if trainer.is_global_zero:
-            save_weights(module, self.path)
+            save_weights(module, trainer, self.path)

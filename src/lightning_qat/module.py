@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_qat.checkpoint import load_weights
-from lightning_qat.errors import UserError, checked_float
+from lightning_qat.errors import UserError, checked_bool, checked_float
 
 LOSS_CHECK_EVERY = 50  # steps: looking at the loss makes a GPU wait
 
@@ -29,6 +29,8 @@ class ImageClassifier(pl.LightningModule):
             "Super-Convergence", 2018), stepped every batch.
         weights: checkpoint of this class, or state dict of ``net``, to start from.
         weights_hint: what to do where there is no such file, for the error message.
+        starts_trained: ``weights`` must be there and of just this network and normalisation;
+            otherwise published weights for other classes will do.
     """
 
     mean: Tensor
@@ -47,16 +49,25 @@ class ImageClassifier(pl.LightningModule):
         milestones: Sequence[int] | None = None,
         weights: str | None = None,
         weights_hint: str = "check the path.",
+        starts_trained: bool = False,
     ) -> None:
         super().__init__()
         checked_float("model.learning_rate", learning_rate, lowest=0)
         checked_float("model.momentum", momentum, lowest=0)
         checked_float("model.weight_decay", weight_decay, lowest=0)
-        self.save_hyperparameters(ignore=["net", "weights", "weights_hint"])
+        if checked_bool("model.nesterov", nesterov) and momentum == 0:
+            raise UserError("model.nesterov=true needs a momentum: set model.momentum above 0.")
+        if milestones is not None and not isinstance(milestones, Sequence):
+            raise UserError(f"model.milestones={milestones!r}: set it to a list, such as [10,15].")
+        self.save_hyperparameters(ignore=["net", "weights", "weights_hint", "starts_trained"])
         # integer and float convolutions are both faster with channels last
         self.net = net(num_classes).to(memory_format=torch.channels_last)
         if weights is not None:
-            load_weights(self.net, weights, "net", weights_hint)
+            hparams = {"mean": mean, "std": std} if starts_trained else {}
+            new_head = not starts_trained
+            load_weights(self.net, weights, "net", hparams, hint=weights_hint, new_head=new_head)
+        elif starts_trained:
+            raise UserError(f"this stage starts from trained weights: {weights_hint}")
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.accuracy = nn.ModuleDict(
@@ -69,6 +80,22 @@ class ImageClassifier(pl.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Images N x 3 x H x W, float32 in [0, 1] -> logits N x ``num_classes``."""
         return self.net((images - self.mean) / self.std)
+
+    def on_train_start(self) -> None:
+        """A resumed one-cycle schedule has the length that it was planned with.
+
+        Raises:
+            UserError: this run is of another length.
+        """
+        schedule = self.lr_schedulers()
+        if isinstance(schedule, torch.optim.lr_scheduler.OneCycleLR):
+            planned, now = schedule.total_steps, self._total_steps()
+            if planned != now:
+                raise UserError(
+                    f"the run to continue was planned for {planned} steps of one cycle, this one "
+                    f"has {now}: give it the same trainer.max_epochs, data.batch_size and "
+                    "data.val_size."
+                )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of a batch of (images, labels)."""
@@ -105,13 +132,16 @@ class ImageClassifier(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
             max_lr=hparams["learning_rate"],
-            total_steps=max(2, int(self.trainer.estimated_stepping_batches)),
+            total_steps=self._total_steps(),
             cycle_momentum=False,
         )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    def _total_steps(self) -> int:
+        return max(2, int(self.trainer.estimated_stepping_batches))
 
     def _refuse_divergence(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
@@ -126,6 +156,6 @@ class ImageClassifier(pl.LightningModule):
         logits = self(images)
         loss = F.cross_entropy(logits, labels)
         accuracy(logits, labels)
-        self.log(f"{stage}/loss", loss, prog_bar=True, on_step=False, on_epoch=True)
+        self.log(f"{stage}/loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True)
         self.log(f"{stage}/accuracy", accuracy, prog_bar=True, on_step=False, on_epoch=True)
         return loss

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.ao import quantization as tq
@@ -161,6 +162,49 @@ def test_batch_norm_and_observers_freeze_at_their_epochs(tmp_path: Path) -> None
     assert not torch.equal(weights[2], weights[3])
 
 
+def test_a_run_resumed_inside_an_epoch_freezes_where_the_whole_one_does(tmp_path: Path) -> None:
+    def fit(ckpt_path: Path | None = None) -> SmallModule:
+        torch.manual_seed(0)
+        module = SmallModule()
+        callback = QuantizationAwareTraining(freeze_batch_norm_epoch=1, freeze_observer_epoch=1)
+        step_6 = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=6, save_top_k=-1)
+        trainer = trainer_with(callback, step_6, folder=tmp_path)
+        trainer.fit(module, loader(), ckpt_path=ckpt_path)
+        return module
+
+    whole = fit()
+    resumed = fit(tmp_path / "step=6.ckpt")  # the second of four steps in epoch 1
+    before, after = whole.net.state_dict(), resumed.net.state_dict()
+    for name in before:
+        if name.endswith(("scale", "running_mean")) and "weight_fake_quant" not in name:
+            assert torch.equal(before[name], after[name]), name
+
+
+def test_a_second_fit_trains_batch_norm_again_until_its_epoch(tmp_path: Path) -> None:
+    callback, recorder = QuantizationAwareTraining(freeze_batch_norm_epoch=1), Recorder()
+    module = SmallModule()
+    for _ in range(2):
+        trainer_with(callback, recorder, folder=tmp_path).fit(module, loader())
+    means, _, _ = zip(*recorder.epochs, strict=True)
+    assert torch.equal(means[0], means[1])
+    assert not torch.equal(means[1], means[2])
+    assert torch.equal(means[2], means[3])
+
+
+def test_a_network_prepared_by_another_callback_is_refused(tmp_path: Path, fitted: Any) -> None:
+    module, _ = fitted
+    with pytest.raises(ValueError, match="already, by another callback"):
+        trainer_with(QuantizationAwareTraining("qnnpack"), folder=tmp_path).fit(module, loader())
+
+
+def test_hyper_parameters_of_any_kind_do_not_cost_the_training(tmp_path: Path) -> None:
+    module, callback = SmallModule(), QuantizationAwareTraining()
+    module.save_hyperparameters({"config": OmegaConf.create({"width": 8})})
+    best = ModelCheckpoint(tmp_path, monitor="val_loss")
+    trainer_with(callback, best, folder=tmp_path).fit(module, loader(), loader(seed=1))
+    assert callback.int8_model(images()[0]).shape == (64, 4)
+
+
 def test_the_best_weights_are_converted_where_something_is_monitored(tmp_path: Path) -> None:
     callback = QuantizationAwareTraining()
     best = ModelCheckpoint(tmp_path, monitor="val_loss")
@@ -183,11 +227,10 @@ def test_the_module_stays_usable_and_tests_its_best_checkpoint(tmp_path: Path) -
     module = SmallModule()
     trainer = trainer_with(callback, best, folder=tmp_path)
     trainer.fit(module, loader(), loader(seed=1))
-    last = trainer.test(module, loader(seed=2), verbose=False)
-    best_figures = trainer.test(module, loader(seed=2), ckpt_path="best", verbose=False)
-    assert last
-    assert best_figures
     assert fake_quants(module.net)
+    (figures,) = trainer.test(module, loader(seed=1), ckpt_path="best", verbose=False)
+    assert best.best_model_score is not None
+    assert figures["test_loss"] == pytest.approx(best.best_model_score.item())
 
 
 def test_fit_again_goes_on_training_the_same_network(tmp_path: Path, fitted: Any) -> None:

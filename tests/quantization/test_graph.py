@@ -9,6 +9,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.ao.nn import quantized as nnq
 
+from lightning_qat import UserError
 from lightning_qat.quantization.convert import convert
 from lightning_qat.quantization.prepare import check_same_function, prepare_qat
 from lightning_qat.quantization.qconfig import x86
@@ -130,7 +131,42 @@ def test_a_convolution_called_twice_is_not_fused_with_what_follows_once() -> Non
     assert count(model, nnq.BatchNorm2d) == 1
 
 
-def test_the_origins_observers_would_fail_here() -> None:
-    """prepare_qat keeps the training mode that it found."""
+def test_preparation_keeps_the_training_mode() -> None:
     assert not prepare_qat(SmallNet().eval(), x86()).training
     assert prepare_qat(SmallNet().train(), x86()).training
+
+
+class FunctionalDropout(nn.Module):
+    """Dropout as a function, and an attribute that is no size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        x = F.dropout(self.first(x), p=0.9, training=self.training)
+        return torch.cat([self.second(x.mT), x.mT], axis=1) * scale  # type: ignore[call-arg]
+
+
+def test_dropout_as_a_function_is_off_in_the_int8_model() -> None:
+    x, scale = torch.randn(16, 4, 8), torch.tensor(2.0)
+    net = FunctionalDropout().train()
+    before = copy.deepcopy(net)
+    prepared = prepare_qat(net, x86())
+    check_same_function(before, prepared, (x, scale), {})
+    assert not torch.equal(prepared(x, scale), prepared(x, scale))
+    model = convert(prepared, "x86")
+    assert torch.equal(model(x, scale), model(x, scale))
+    assert model(x, scale).shape == (16, 16, 4)
+
+
+class TakesItsLength(nn.Module):
+    """torch.fx has its own word for this one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * len(x)
+
+
+def test_a_length_in_forward_is_refused_with_a_way_out() -> None:
+    with pytest.raises(UserError, match="cannot trace TakesItsLength"):
+        prepare_qat(TakesItsLength(), x86())

@@ -7,7 +7,7 @@ from lightning_qat.data.augment import PaddingMode
 from lightning_qat.data.cifar10_cache import build_cache, read_cache
 from lightning_qat.data.cifar10_records import CIFAR10_SHA1, TEST_BATCH, TRAIN_BATCHES, unpacked
 from lightning_qat.data.image_datamodule import ImageDataModule, LabelledImages
-from lightning_qat.errors import UserError
+from lightning_qat.errors import UserError, checked_path
 
 CIFAR10_CLASSES = (
     "airplane",
@@ -60,7 +60,7 @@ class CIFAR10DataModule(ImageDataModule):
             padding_mode=padding_mode,
             flip=flip,
         )
-        self.root = Path(root).expanduser()
+        self.root = Path(checked_path("data.root", root)).expanduser()
         self.sha1 = dict(sha1)
 
     def prepare_data(self) -> None:

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import center_crop, resize
 from lightning_qat.data.augment import PaddingMode
 from lightning_qat.data.image_datamodule import ImageDataModule, LabelledImages
 from lightning_qat.data.progress import progress_bar
-from lightning_qat.errors import UserError
+from lightning_qat.errors import UserError, checked_path
 
 LAYOUT = "Put the images into root/train/<class>/ and root/test/<class>/."
 
@@ -50,7 +50,7 @@ class FolderDataModule(ImageDataModule):
         padding_mode: PaddingMode = "reflect",
         flip: bool = True,
     ) -> None:
-        self.root = Path(root).expanduser()
+        self.root = Path(checked_path("data.root", root)).expanduser()
         super().__init__(
             class_names=_class_names(self.root / "train"),
             image_size=image_size,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_qat.data.augment import Augmentation, PaddingMode, derived_seed
-from lightning_qat.errors import UserError, checked_int
+from lightning_qat.errors import UserError, checked_bool, checked_int
 
 EVAL_BATCH_SIZE = 250  # without gradients, larger batches fit
 
@@ -94,14 +94,14 @@ class ImageDataModule(pl.LightningDataModule):
         self.image_size = checked_int("image_size", image_size, lowest=1)
         self.batch_size = checked_int("batch_size", batch_size, lowest=1)
         self.val_size = checked_int("val_size", val_size, lowest=0)
-        self.seed = checked_int("seed", seed, lowest=0)
+        self.seed = checked_int("seed", seed, lowest=0, highest=2**32 - 1)
         self.crop_padding = checked_int("crop_padding", crop_padding, lowest=0)
         if padding_mode not in ("reflect", "constant"):
             raise UserError(
                 f"padding_mode={padding_mode!r} does not exist: set it to 'reflect' or 'constant'."
             )
         self.padding_mode: PaddingMode = padding_mode
-        self.flip = flip
+        self.flip = checked_bool("flip", flip)
         self.mean = tuple(float(value) for value in mean)
         self.std = tuple(float(value) for value in std)
         if len(self.mean) != 3 or len(self.std) != 3:

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.atomic import atomic_path
+
 
 class DeployedModel(nn.Module):
     """A network with its normalisation in front.
@@ -37,10 +39,6 @@ def torchscript(model: nn.Module) -> torch.jit.ScriptModule:
 
 def save_torchscript(scripted: torch.jit.ScriptModule, path: Path) -> int:
     """Write ``scripted``, whole or not at all, and return the size of the file in bytes."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with atomic_path(path) as partial:
         scripted.save(str(partial))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path.stat().st_size

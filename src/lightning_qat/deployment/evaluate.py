@@ -1,5 +1,6 @@
 """Everything that is measured of a run's networks."""
 
+import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,7 @@ def evaluate(
             "int8_vs_fake_quant": agreement(logits["int8"], logits["fake_quant"])
         }
     if torch.cuda.is_available():
-        runtimes["fp32_cuda"] = DeployedModel(
-            networks["fp32"], datamodule.mean, datamodule.std
-        ).cuda()
+        runtimes["fp32_cuda"] = copy.deepcopy(models["fp32"]).cuda()
     figures["latency_ms"] = measure_latency(runtimes, _one_image(datamodule))
     return figures
 

@@ -65,6 +65,11 @@ class QuantizationCallback(pl.Callback):
             return
         net = self._network(pl_module)
         if is_prepared(net):
+            if "fp32" not in self.networks:
+                raise UserError(
+                    f"target={self.target!r} is fake-quantised already, by another callback: train "
+                    "on with that one, or give this one a float network."
+                )
             return
         float_net = copy.deepcopy(net).eval()
         prepared = prepare_qat(net, self.qconfig)

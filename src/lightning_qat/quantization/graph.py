@@ -66,23 +66,24 @@ _INTEGER_MODULES: set[type[nn.Module]] = {
 # kernel rounds the mean to the input's scale, a rounding that no fake-quantiser has trained with.
 _SAME_SCALE: set[Any] = {
     nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.MaxPool1d, nn.MaxPool2d, nn.Identity, nn.Flatten,
-    nn.Dropout, nn.Dropout2d, F.max_pool2d, torch.max_pool2d, F.dropout,
+    nn.Dropout, nn.Dropout2d, F.max_pool2d, torch.max_pool2d,
     torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze,
     torch.chunk, torch.split, operator.getitem,
     "flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split",
     "contiguous",
 }  # fmt: skip
 
-_SHAPE_QUERIES: set[Any] = {getattr, "size", "dim", "numel"}
+_SHAPE_METHODS = {"size", "dim", "numel"}
+_SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
 
 
-def fuse(net: nn.Module) -> fx.GraphModule:
-    """Trace ``net`` into a GraphModule, in train mode, of fused modules over the same Parameters.
+def fuse(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Turn functions into modules, and chains of modules into fused ones, of the same Parameters.
 
-    Raises:
-        torch.fx.proxy.TraceError: the control flow of ``forward`` depends on tensors' values.
+    Args:
+        graph_module: as torch.fx traced it; is changed in place, and left in train mode.
     """
-    graph_module = fx.symbolic_trace(net).train()  # fuse_modules_qat wants train mode
+    graph_module.train()  # fuse_modules_qat wants it
     _functions_to_modules(graph_module)
     _one_module_per_use(graph_module)
     _arithmetic_to_float_functional(graph_module)
@@ -148,7 +149,9 @@ def _shape_nodes(graph: fx.Graph) -> set[fx.Node]:
     shapes: set[fx.Node] = set()
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        asks = node.op in ("call_function", "call_method") and node.target in _SHAPE_QUERIES
+        asks = (node.op == "call_method" and node.target in _SHAPE_METHODS) or (
+            node.target is getattr and node.args[1] in _SHAPE_ATTRIBUTES
+        )
         if asks or (inputs and all(source in shapes for source in inputs)):
             shapes.add(node)
     return shapes
@@ -180,12 +183,19 @@ def _new_submodule(graph_module: fx.GraphModule, node: fx.Node, module: nn.Modul
 def _functions_to_modules(graph_module: fx.GraphModule) -> None:
     graph = graph_module.graph
     for node in list(graph.nodes):
-        if node.op in ("call_function", "call_method") and node.target in _ACTIVATIONS:
-            name = _new_submodule(graph_module, node, _ACTIVATIONS[node.target]())
-            with graph.inserting_before(node):
-                call = graph.call_module(name, (node.args[0],))
-            node.replace_all_uses_with(call)
-            graph.erase_node(node)
+        if node.op not in ("call_function", "call_method"):
+            continue
+        if node.target is F.dropout:  # its `training` was decided when the network was traced
+            module: nn.Module = nn.Dropout(node.kwargs.get("p", (*node.args, 0.5)[1]))
+        elif node.target in _ACTIVATIONS:
+            module = _ACTIVATIONS[node.target]()
+        else:
+            continue
+        name = _new_submodule(graph_module, node, module)
+        with graph.inserting_before(node):
+            call = graph.call_module(name, (node.args[0],))
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
 
 
 def _one_module_per_use(graph_module: fx.GraphModule) -> None:
@@ -214,6 +224,7 @@ def _arithmetic_to_float_functional(graph_module: fx.GraphModule) -> None:
             and all(isinstance(arg, fx.Node) and arg not in shapes for arg in node.args)
         )
         last = node
+        kwargs = {"dim" if name == "axis" else name: x for name, x in node.kwargs.items()}
         if node.target in _CAT:
             method = "cat"
         elif node.target in _MUL and of_two_tensors:
@@ -227,7 +238,7 @@ def _arithmetic_to_float_functional(graph_module: fx.GraphModule) -> None:
             continue
         name = _new_submodule(graph_module, node, FloatFunctional())
         with graph.inserting_before(node):
-            call = graph.call_method(method, (graph.get_attr(name), *node.args), node.kwargs)
+            call = graph.call_method(method, (graph.get_attr(name), *node.args), kwargs)
         last.replace_all_uses_with(call)
         if last is not node:
             graph.erase_node(last)

@@ -23,12 +23,13 @@ def prepare_qat(net: nn.Module, qconfig: tq.QConfig) -> fx.GraphModule:
     """
     was_training = net.training
     try:
-        graph_module = fuse(net)
-    except (fx.proxy.TraceError, TypeError) as error:
+        traced = fx.symbolic_trace(net)
+    except (fx.proxy.TraceError, TypeError, RuntimeError) as error:
         raise UserError(
             f"torch.fx cannot trace {type(net).__name__}: {error}. Point `target` at a part of it "
             "whose forward does not depend on the values in its tensors."
         ) from error
+    graph_module = fuse(traced)
     in_float = mark_integer_regions(graph_module, qconfig)
     if not any(getattr(module, "qconfig", None) for module in graph_module.modules()):
         raise UserError(
@@ -62,7 +63,7 @@ def check_same_function(
 
     def few(value: Any) -> Any:
         if isinstance(value, Tensor):
-            value = value[:8].cpu()
+            value = value[:8].cpu() if value.dim() else value.cpu()
             return value.float() if value.is_floating_point() else value
         return value
 

@@ -26,6 +26,13 @@ class PostTrainingQuantization(QuantizationCallback):
         """Leave the module as it came."""
         pl_module.automatic_optimization = self._automatic_optimization
 
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the module as it came."""
+        if hasattr(self, "_automatic_optimization"):  # it had started
+            pl_module.automatic_optimization = self._automatic_optimization
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:

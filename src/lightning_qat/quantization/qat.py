@@ -5,8 +5,9 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import nn
 from torch.ao import quantization as tq
-from torch.ao.nn.intrinsic.qat import freeze_bn_stats
+from torch.ao.nn.intrinsic.qat import freeze_bn_stats, update_bn_stats
 
+from lightning_qat.errors import checked_int
 from lightning_qat.quantization.base import QuantizationCallback
 
 
@@ -45,23 +46,25 @@ class QuantizationAwareTraining(QuantizationCallback):
         allow_saturation: bool = False,
     ) -> None:
         super().__init__(qconfig, target, allow_saturation=allow_saturation)
+        for name, epoch in (
+            ("freeze_batch_norm_epoch", freeze_batch_norm_epoch),
+            ("freeze_observer_epoch", freeze_observer_epoch),
+        ):
+            if epoch is not None:
+                checked_int(name, epoch, lowest=0)
         self.freeze_batch_norm_epoch = freeze_batch_norm_epoch
         self.freeze_observer_epoch = freeze_observer_epoch
-        self._observe = True
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Freeze what this epoch trains without."""
-        epoch = trainer.current_epoch
-        if self.freeze_batch_norm_epoch is not None and epoch >= self.freeze_batch_norm_epoch:
-            self._network(pl_module).apply(_freeze_batch_norm)
-        self._observe = self.freeze_observer_epoch is None or epoch < self.freeze_observer_epoch
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Observers follow the training steps, and nothing else."""
-        if self._observe:
-            self._network(pl_module).apply(tq.enable_observer)
+        """Observe in training steps only, and freeze by the epoch: a run may resume inside one."""
+        net, epoch = self._network(pl_module), trainer.current_epoch
+        if self.freeze_observer_epoch is None or epoch < self.freeze_observer_epoch:
+            net.apply(tq.enable_observer)
+        if self.freeze_batch_norm_epoch is not None:
+            frozen = epoch >= self.freeze_batch_norm_epoch
+            net.apply(_freeze_batch_norm if frozen else update_bn_stats)
 
 
 def _freeze_batch_norm(module: nn.Module) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch.ao import quantization as tq
 
-from lightning_qat.errors import UserError
+from lightning_qat.errors import UserError, checked_bool
 from lightning_qat.quantization.fake_quantize import KernelRangeFakeQuantize
 
 
@@ -90,6 +90,7 @@ def resolve_qconfig(qconfig: str | tq.QConfig, allow_saturation: bool) -> tuple[
         UserError: unknown name, a QConfig that only observes, an engine that this build or CPU
             lacks, or activations too wide for this CPU's kernels and not ``allow_saturation``.
     """
+    checked_bool("allow_saturation", allow_saturation)
     if isinstance(qconfig, str):
         if qconfig not in QCONFIGS:
             raise UserError(f"qconfig={qconfig!r} is unknown: choose one of {', '.join(QCONFIGS)}.")

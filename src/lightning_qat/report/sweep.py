@@ -2,7 +2,7 @@
 
 import csv
 import json
-import sys
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lightning_qat.cli import FAILURE_FILE, worst
+from lightning_qat import cli
 from lightning_qat.report.metrics import FILE_NAME
+
+log = logging.getLogger(__name__)
 
 # Title in the printed table -> columns of sweep.csv, two of them as "FP32→INT8".
 COLUMNS = {
@@ -36,6 +38,16 @@ class SweepReport(Callback):
         """Write sweep.csv, print the table, end with the worst status of the jobs."""
         folder = Path(config.hydra.sweep.dir)
         rows = [_read_job(job) for job in _job_folders(folder)]
+        status = cli.worst(int(row["status"]) for row in rows)
+        try:
+            self._report(rows, folder)
+        except Exception:  # Hydra would turn it into a warning, and the status into 0
+            log.exception("the report of the sweep could not be made")
+            status = cli.OUR_FAULT
+        cli.end(status)
+
+    @staticmethod
+    def _report(rows: list[dict[str, Any]], folder: Path) -> None:
         first = ["job", *(name for names in COLUMNS.values() for name in names)]
         others = sorted({name for row in rows for name in row} - set(first))
         with (folder / "sweep.csv").open("w", newline="") as file:
@@ -43,7 +55,6 @@ class SweepReport(Callback):
             writer.writeheader()
             writer.writerows(rows)
         _print(rows)
-        sys.exit(worst(int(row["status"]) for row in rows))
 
 
 def _job_folders(folder: Path) -> list[Path]:
@@ -59,7 +70,7 @@ def _read_job(job: Path) -> dict[str, Any]:
     """One row: the job's metrics by dotted name, or its failure."""
     overrides = OmegaConf.load(job / ".hydra" / "overrides.yaml")
     row = {"job": _job_number(job), "overrides": " ".join(str(x) for x in overrides)}
-    failure = job / FAILURE_FILE
+    failure = job / cli.FAILURE_FILE
     if failure.exists():
         return row | json.loads(failure.read_text())
     if not (job / FILE_NAME).exists():

@@ -1,0 +1,35 @@
+"""The best checkpoint of a run, also where the run was broken off and continued elsewhere."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from lightning_qat.atomic import atomic_path
+from lightning_qat.checkpoint import read_checkpoint
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint that a resumed run continues in its own folder.
+
+    Lightning forgets the best score where the folder is another one, as it is for every run of
+    train.py: the best epoch before the break would lose against any epoch after it.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy the best checkpoint so far to this run's folder, and keep its score."""
+        before = Path(state_dict["best_model_path"])
+        if state_dict["dirpath"] != self.dirpath and self.dirpath and before.is_file():
+            read_checkpoint(before, "delete it to continue without the best weights so far.")
+            here = Path(self.dirpath) / before.name
+            here.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(here) as partial:
+                shutil.copyfile(before, partial)
+            state_dict = state_dict | {
+                "dirpath": self.dirpath,
+                "best_model_path": str(here),
+                "kth_best_model_path": str(here),
+                "best_k_models": {str(here): state_dict["best_model_score"]},
+            }
+        super().load_state_dict(state_dict)
