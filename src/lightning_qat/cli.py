@@ -116,8 +116,8 @@ def users_mistake(error: BaseException | None) -> str | None:
                 return f"an override names something that does not exist: {error}"
             if "full_key: trainer" in str(error) and not isinstance(error.__cause__, UserError):
                 return (
-                    f"Lightning refuses a value of trainer.*: {error}\ntrainer=auto takes what this "
-                    "machine has."
+                    f"Lightning refuses a value of trainer.*: {error}\ntrainer=auto takes what "
+                    "this machine has."
                 )
         if "Expected more than 1 value per channel" in str(error):
             return "batch-norm cannot train on one image a step: raise data.batch_size."
