@@ -55,7 +55,7 @@ def test_metrics_say_what_was_run_and_where(road: Road) -> None:
         "seed": 0,
         "status": 0,
     }
-    assert metrics["epochs"] == 2
+    assert metrics["epochs"] == 4
     assert road.metrics("ptq")["epochs"] == 0
     assert road.metrics("fp32")["qconfig"] is None
     assert {"torch", "python", "cpu", "vnni", "threads", "gpu", "commit", "date"} <= set(
