@@ -93,8 +93,9 @@ def read_checkpoint(path: str | Path, hint: str) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen kinds for damaged files
         raise UserError(
-            f"{path} cannot be read as a checkpoint (truncated, damaged, or not one that PyTorch "
-            f"wrote): {_first_lines(error)}\nDelete or replace it; {hint}"
+            f"{path} cannot be read as a checkpoint (truncated, damaged, not one that PyTorch "
+            "wrote, or with hyper-parameters that are not plain numbers, strings, lists and "
+            f"dictionaries): {_first_lines(error)}\nDelete or replace it; {hint}"
         ) from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; {hint}")

@@ -2,17 +2,24 @@
 
 import copy
 import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import WeightAveraging
 from torch import nn
 from torch.ao import quantization as tq
 
-from lightning_qat.checkpoint import best_weights
+from lightning_qat.checkpoint import best_weights, read_checkpoint
 from lightning_qat.errors import UserError
-from lightning_qat.quantization.convert import convert
+from lightning_qat.quantization.compatibility import (
+    average_integers_as_integers,
+    refuse_what_cannot_work,
+)
+from lightning_qat.quantization.convert import Int8Model, convert, is_converted
 from lightning_qat.quantization.prepare import check_same_function, is_prepared, prepare_qat
-from lightning_qat.quantization.qconfig import resolve_qconfig
+from lightning_qat.quantization.qconfig import resolve_overrides, resolve_qconfig
 
 log = logging.getLogger(__name__)
 
@@ -20,16 +27,20 @@ log = logging.getLogger(__name__)
 class QuantizationCallback(pl.Callback):
     """Prepares ``target`` when ``fit`` sets up, and holds a converted copy when it has ended.
 
-    Preparation happens in ``setup``, before Lightning restores a checkpoint, builds optimizers and
-    wraps the module for DDP: so a checkpoint of a prepared network loads, and learnable scales get
+    Preparation happens before Lightning restores a checkpoint, builds optimizers and wraps the
+    module for DDP: so a checkpoint of a prepared network loads, and learnable scales get
     optimised. Observers are off whenever no training step runs.
 
     Args:
         qconfig: a name (see ``lightning_qat.quantization.QCONFIGS``) or a ``QConfig``.
         target: dotted name of the submodule to quantise.
+        overrides: another qconfig for some layers, by their name in ``target`` (which covers what
+            is below it) or by their type; None as the value keeps them in float.
+        fuse: lists of names of modules to fuse; None = all that can be fused.
         allow_saturation: permit a qconfig whose sums this CPU's kernels cannot hold.
 
     Attributes:
+        in_float: what has stayed in float in a prepared ``target``, by name, and why.
         networks: after ``fit``, ``target`` as ``"fp32"`` (as it was before), ``"fake_quant"``
             (trained) and ``"int8"`` (converted): modules on the CPU, in eval mode.
 
@@ -42,41 +53,97 @@ class QuantizationCallback(pl.Callback):
         qconfig: str | tq.QConfig = "x86",
         target: str = "net",
         *,
+        overrides: Mapping[Any, str | tq.QConfig | None] | None = None,
+        fuse: Sequence[Sequence[str]] | None = None,
         allow_saturation: bool = False,
     ) -> None:
         self.qconfig, self.engine = resolve_qconfig(qconfig, allow_saturation)
+        self.overrides = resolve_overrides(overrides or {}, self.engine, allow_saturation)
         self.target = target
+        self.fuse = fuse
+        self.in_float: dict[str, str] = {}
         self.networks: dict[str, nn.Module] = {}
+        self._scheme = {"qconfig": str(qconfig), "overrides": str(overrides or {})}
+        self._to_check: tuple[nn.Module, nn.Module] | None = None
 
     @property
-    def int8_model(self) -> nn.Module:
+    def int8_model(self) -> Int8Model:
         """The converted network, on the CPU: takes what ``target`` takes, gives what it gives."""
         if "int8" not in self.networks:
             raise RuntimeError("there is no INT8 model yet: it is made when `trainer.fit` ends.")
-        return self.networks["int8"]
+        return self.networks["int8"]  # type: ignore[return-value]
+
+    def load(self, pl_module: pl.LightningModule, ckpt_path: str | Path) -> pl.LightningModule:
+        """Load a checkpoint of a quantisation run into a fresh module, to test, predict or convert.
+
+        Args:
+            pl_module: as it was given to ``fit``; is changed in place.
+            ckpt_path: a checkpoint that was written while this kind of callback, with the same
+                arguments, was at work. Nothing in it is executed.
+
+        Returns:
+            ``pl_module``, fake-quantised; ``int8_model`` is converted from it.
+
+        Raises:
+            UserError: the file is missing or damaged, or of another network or qconfig.
+        """
+        hint = "name a checkpoint that a fit with this callback has written."
+        weights = read_checkpoint(ckpt_path, hint).get("state_dict", {})
+        quantised = [self._is_below(name) for name in weights if "fake_quant" in name]
+        two_callbacks = not all(quantised)
+        if not any(quantised):
+            raise UserError(f"{ckpt_path} holds no fake-quantised {self.target!r}: {hint}")
+        if not self._has_target(pl_module):
+            pl_module.configure_model()
+        self._prepare(pl_module)
+        other = f"{ckpt_path} holds another network than this {type(pl_module).__name__}"
+        try:
+            missing, unexpected = pl_module.load_state_dict(weights, strict=False)
+        except RuntimeError as error:
+            raise UserError(f"{other}: {str(error)[:300]}") from error
+        # the targets of other callbacks may be float still: they get their turn
+        wrong = [name for name in missing + unexpected if self._is_below(name) or not two_callbacks]
+        if wrong:
+            raise UserError(f"{other}: they differ in {', '.join(wrong[:5])}.")
+        self._network(pl_module).apply(tq.disable_observer)
+        self._to_check = None
+        self._convert(copy.deepcopy(self._network(pl_module)))
+        return pl_module
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Replace ``target`` by its fused, fake-quantised form; a second ``fit`` goes on with it.
+
+        A network that the module builds in its own ``setup`` or ``configure_model`` is replaced as
+        soon as it is there.
 
         Raises:
             UserError: there is no such submodule, or it cannot be quantised.
         """
         if stage != "fit":
             return
-        net = self._network(pl_module)
-        if is_prepared(net):
-            if "fp32" not in self.networks:
-                raise UserError(
-                    f"target={self.target!r} is fake-quantised already, by another callback: train "
-                    "on with that one, or give this one a float network."
-                )
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        refuse_what_cannot_work(self, callbacks)
+        for other in callbacks:
+            if isinstance(other, QuantizationCallback) and other is not self:
+                self._refuse_overlap(other.target)
+        if self._has_target(pl_module):
+            self._prepare(pl_module)
             return
-        float_net = copy.deepcopy(net).eval()
-        prepared = prepare_qat(net, self.qconfig)
-        self._check_at_first_forward(float_net, prepared)
-        parent, _, name = self.target.rpartition(".")
-        setattr(pl_module.get_submodule(parent), name, prepared)
-        self.networks["fp32"] = float_net.cpu()
+
+        def configure_model() -> None:
+            del pl_module.configure_model  # this stands in for the module's own, once
+            pl_module.configure_model()
+            self._prepare(pl_module)
+
+        pl_module.configure_model = configure_model  # type: ignore[method-assign]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Before the sanity check: it validates."""
+        self._network(pl_module).apply(tq.disable_observer)
+        self._check_at_first_forward(self._network(pl_module))
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging):
+                average_integers_as_integers(callback)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
@@ -84,37 +151,85 @@ class QuantizationCallback(pl.Callback):
         """Neither validation nor a later ``test`` may move a scale."""
         self._network(pl_module).apply(tq.disable_observer)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Before the sanity check: it validates."""
-        self._network(pl_module).apply(tq.disable_observer)
-
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Convert a copy; ``target`` itself stays the trained, fake-quantised network."""
-        fake_quantised = copy.deepcopy(self._network(pl_module)).cpu().eval()
+        fake_quantised = copy.deepcopy(self._network(pl_module))
         if (weights := best_weights(trainer, self.target)) is not None:
             fake_quantised.load_state_dict(weights)
-        fake_quantised.apply(tq.disable_observer)
+        self._convert(fake_quantised)
+
+    def _convert(self, fake_quantised: nn.Module) -> None:
+        fake_quantised.cpu().eval().apply(tq.disable_observer)
         self.networks["fake_quant"] = fake_quantised
         self.networks["int8"] = convert(fake_quantised, self.engine)
 
-    def _network(self, module: pl.LightningModule) -> nn.Module:
-        try:
-            return module.get_submodule(self.target)
-        except AttributeError as error:
-            names = ", ".join(name for name, _ in module.named_children()) or "none"
+    def _prepare(self, pl_module: pl.LightningModule) -> None:
+        net = self._network(pl_module)
+        if hasattr(net, "_orig_mod"):
             raise UserError(
-                f"target={self.target!r}: {type(module).__name__} has no such submodule when `fit` "
-                f"starts. It has: {names}. Set `target` to the dotted name of one of them or of a "
-                "submodule of theirs."
-            ) from error
+                f"target={self.target!r} has been compiled, which hides its layers: compile the "
+                "LightningModule instead, `trainer.fit(torch.compile(module))`, or not at all."
+            )
+        if is_converted(net):
+            raise UserError(
+                f"target={self.target!r} is an INT8 model, whose integers cannot be trained: fit "
+                "the float network that it was made of."
+            )
+        if is_prepared(net):
+            scheme = getattr(net, "scheme", None)
+            if scheme != self._scheme:
+                raise UserError(
+                    f"target={self.target!r} is fake-quantised already, as {scheme}, and this "
+                    f"callback has {self._scheme}: train on with the same, or start from a float "
+                    "network."
+                )
+            return
+        float_net = copy.deepcopy(net).eval()
+        prepared = prepare_qat(net, self.qconfig, self.overrides, self.fuse, self._scheme)
+        self.in_float = prepared.in_float
+        # a copy: by the time of the first forward, weights may have been restored
+        self._to_check = (float_net, copy.deepcopy(prepared))
+        parent, _, name = self.target.rpartition(".")
+        setattr(pl_module.get_submodule(parent), name, prepared)
+        self.networks["fp32"] = float_net.cpu()
 
-    @staticmethod
-    def _check_at_first_forward(float_net: nn.Module, prepared: nn.Module) -> None:
+    def _refuse_overlap(self, other: str) -> None:
+        first, second = sorted((self.target, other), key=len)
+        if first == second or second.startswith(f"{first}."):
+            raise UserError(
+                f"two callbacks would quantise {second!r} (targets {first!r} and {second!r}): keep "
+                "one of them, or give them targets that do not overlap."
+            )
+
+    def _is_below(self, name: str) -> bool:
+        return name.startswith(f"{self.target}.")
+
+    def _has_target(self, pl_module: pl.LightningModule) -> bool:
+        try:
+            pl_module.get_submodule(self.target)
+        except AttributeError:
+            return False
+        return True
+
+    def _network(self, module: pl.LightningModule) -> nn.Module:
+        if self._has_target(module):
+            return module.get_submodule(self.target)
+        names = ", ".join(name for name, _ in module.named_children()) or "none"
+        raise UserError(
+            f"target={self.target!r}: {type(module).__name__} has no such submodule when `fit` "
+            f"starts. It has: {names}. Set `target` to the dotted name of one of them or of a "
+            "submodule of theirs."
+        )
+
+    def _check_at_first_forward(self, net: nn.Module) -> None:
         """The first real input shows whether fusing has changed the function."""
-        as_prepared = copy.deepcopy(prepared)  # the weights may have been restored by then
+        if self._to_check is None:
+            return
 
         def check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             handle.remove()
-            check_same_function(float_net, as_prepared, args, kwargs)
+            networks, self._to_check = self._to_check, None
+            if networks is not None:  # a deep copy of the module may have this hook still
+                check_same_function(*networks, args, kwargs)
 
-        handle = prepared.register_forward_pre_hook(check, with_kwargs=True)
+        handle = net.register_forward_pre_hook(check, with_kwargs=True)

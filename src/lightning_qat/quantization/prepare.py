@@ -1,49 +1,164 @@
-"""From any float network to a fused, fake-quantised one with the same Parameters."""
+"""From a float network to one that fake-quantises itself."""
 
 import copy
+import difflib
+import json
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.ao import quantization as tq
+from torch.ao.nn.intrinsic import _FusedModule
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_qat.errors import UserError
-from lightning_qat.quantization.graph import fuse, mark_integer_regions
+from lightning_qat.quantization.fuse import fuse
+from lightning_qat.quantization.kernels import QAT_LAYERS, number_the_padding
+from lightning_qat.quantization.regions import mark_integer_regions
+from lightning_qat.quantization.trace import trace
 
 log = logging.getLogger(__name__)
 
+Overrides = Mapping[str | type[nn.Module], tq.QConfig | None]
 
-def prepare_qat(net: nn.Module, qconfig: tq.QConfig) -> fx.GraphModule:
+
+class FakeQuantisedNetwork(fx.GraphModule):
+    """A network that rounds as its INT8 model will. Its state dict says by which scheme."""
+
+    @property
+    def in_float(self) -> dict[str, str]:
+        """What stays in float, by the name of the module or function: the reason."""
+        return self.meta["in_float"]
+
+    @property
+    def scheme(self) -> dict[str, str]:
+        """What it was prepared with, in words."""
+        return self.meta["scheme"]
+
+    def get_extra_state(self) -> Tensor:
+        """The scheme, as bytes: weights alone do not say how they are rounded."""
+        return torch.tensor(list(json.dumps(self.scheme).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Check that weights are loaded that were rounded in the same way.
+
+        Raises:
+            UserError: they were not.
+        """
+        trained = json.loads(bytes(state.tolist()))
+        if trained != self.scheme:
+            raise UserError(
+                f"this checkpoint was trained with {trained}, and this network is prepared with "
+                f"{self.scheme}: give the callback the same."
+            )
+
+
+def prepare_qat(
+    net: nn.Module,
+    qconfig: tq.QConfig,
+    overrides: Overrides | None = None,
+    chains: Sequence[Sequence[str]] | None = None,
+    scheme: Mapping[str, str] | None = None,
+) -> FakeQuantisedNetwork:
     """Trace, fuse and fake-quantise ``net``; its Parameters are shared with the result.
 
+    Args:
+        net: any network that torch.fx can trace. Its own ``fuse_model(is_qat=True)`` is called
+            where it has one and ``chains`` is None.
+        qconfig: for every layer that ``overrides`` does not name.
+        overrides: qconfig by name or by type of layers; None as the value = in float. A name also
+            covers everything below it; the longest name wins, and names win over types.
+        chains: names of the modules to fuse; None = all that can be.
+        scheme: the arguments in words, which a checkpoint of the result has to match.
+
     Raises:
-        UserError: ``net`` cannot be traced, or holds nothing that has an integer kernel.
+        UserError: ``net`` cannot be traced, holds nothing that has an integer kernel, or lacks what
+            ``overrides`` or ``chains`` name.
     """
-    was_training = net.training
-    try:
-        traced = fx.symbolic_trace(net)
-    except (fx.proxy.TraceError, TypeError, RuntimeError) as error:
-        raise UserError(
-            f"torch.fx cannot trace {type(net).__name__}: {error}. Point `target` at a part of it "
-            "whose forward does not depend on the values in its tensors."
-        ) from error
-    graph_module = fuse(traced)
-    in_float = mark_integer_regions(graph_module, qconfig)
+    overrides = overrides or {}
+    _check_overrides(net, overrides)
+    modes = {name: module.training for name, module in net.named_modules()}
+    fuse_model: Any = getattr(net, "fuse_model", None)
+    if chains is None and callable(fuse_model):
+        net.train()
+        fuse_model(is_qat=True)
+    for module in net.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            number_the_padding(module)
+    graph_module = trace(net)
+    fused = fuse(graph_module, chains)
+
+    def qconfig_of(name: str, module: nn.Module) -> tq.QConfig | None:
+        for length in range(name.count(".") + 1, 0, -1):
+            prefix = ".".join(name.split(".")[:length])
+            if prefix in overrides:
+                return overrides[prefix]
+        layer = module[0] if isinstance(module, _FusedModule) else module
+        return overrides.get(type(layer), qconfig)
+
+    in_float = mark_integer_regions(graph_module, qconfig_of)
     if not any(getattr(module, "qconfig", None) for module in graph_module.modules()):
         raise UserError(
-            f"{type(net).__name__} holds no layer with an integer kernel (convolution, linear, "
-            "batch-norm): point `target` at a network that has some."
+            f"{type(net).__name__} holds no layer with an integer kernel (convolution or linear) "
+            "that may be used: point `target` at a network that has some."
         )
-    if in_float:
-        log.info("stay in float (no exact integer kernel): %s", ", ".join(in_float))
-    return tq.prepare_qat(graph_module.train(), inplace=True).train(was_training)
+    for reason in dict.fromkeys(in_float.values()):
+        names = [name for name, why in in_float.items() if why == reason]
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        log.info("in float, %s: %s%s", reason, ", ".join(names[:8]), more)
+    device = next((x.device for x in net.parameters()), torch.device("cpu"))
+    graph_module = tq.prepare_qat(graph_module.train(), mapping=QAT_LAYERS, inplace=True)
+    prepared = FakeQuantisedNetwork(graph_module, graph_module.graph, type(net).__name__).to(device)
+    prepared.meta |= {"in_float": in_float, "scheme": dict(scheme or {})}
+    _initialise_weight_scales(prepared)
+    _restore_modes(prepared, modes, fused)
+    return prepared
 
 
 def is_prepared(net: nn.Module) -> bool:
     """Whether ``net`` holds fake-quantisers already."""
     return any(isinstance(module, tq.FakeQuantizeBase) for module in net.modules())
+
+
+def _check_overrides(net: nn.Module, overrides: Overrides) -> None:
+    names = [name for name, _ in net.named_modules() if name]
+    types = {type(module) for module in net.modules()}
+    for key in overrides:
+        if (key not in names) if isinstance(key, str) else (key not in types):
+            close = difflib.get_close_matches(str(key), names) or names[:5]
+            raise UserError(
+                f"overrides: {type(net).__name__} has no layer {key!r}. Names are those of its "
+                f"submodules, such as {', '.join(close)}; types are classes, such as "
+                "torch.nn.Linear."
+            )
+
+
+@torch.no_grad()
+def _initialise_weight_scales(prepared: nn.Module) -> None:
+    """Give buffers their final shapes now: averaging callbacks and DDP copy them before training.
+
+    A batch-norm weight of zero, as zero_init_residual sets, needs torch's slow path.
+    """
+    for module in prepared.modules():
+        layer: Any = module
+        if isinstance(getattr(layer, "weight_fake_quant", None), tq.FakeQuantizeBase):
+            layer.weight_fake_quant(layer.weight)
+        if hasattr(layer, "_enable_slow_path_for_better_numerical_stability"):
+            divides_by_zero = not layer.bn.weight.all()
+            layer._enable_slow_path_for_better_numerical_stability = bool(divides_by_zero)
+
+
+def _restore_modes(prepared: nn.Module, modes: dict[str, bool], fused: list[list[str]]) -> None:
+    """What was in evaluation mode, such as a frozen batch-norm, stays in it."""
+    prepared.train(modes[""])
+    for name, module in prepared.named_modules():
+        module.training = modes.get(name, modes[""])
+    for first, second, *_ in fused:
+        bn = getattr(prepared.get_submodule(first), "bn", None)
+        if bn is not None:
+            bn.training = modes.get(second, modes[""])
 
 
 @torch.no_grad()
@@ -58,6 +173,8 @@ def check_same_function(
         args, kwargs: inputs of ``forward``; tensors have the batch first.
 
     Raises:
+        UserError: an optional argument is given that was left out when the network was traced, or
+            the other way round.
         RuntimeError: an output differs by more than float32 rounding explains.
     """
 
@@ -75,7 +192,16 @@ def check_same_function(
 
     few_args, few_kwargs = tree_map(few, (args, kwargs))
     with torch.autocast("cpu", enabled=False):
-        for before, after in zip(outputs(float_net), outputs(prepared), strict=True):
+        expected = outputs(float_net)
+        try:
+            found = outputs(prepared)
+        except Exception as error:  # what a graph raises that lacks an input, or has one too many
+            raise UserError(
+                f"{type(float_net).__name__} is called with other optional arguments than it was "
+                f"traced for: {type(error).__name__}: {error}. Wrap it in a module whose forward "
+                "takes just the tensors that your training step passes."
+            ) from error
+        for before, after in zip(expected, found, strict=True):
             difference = (before - after).abs().max().item()
             # not `>`: a NaN must fail as well
             if not difference <= 1e-3 * max(1.0, before.abs().max().item()):

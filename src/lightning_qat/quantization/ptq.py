@@ -5,6 +5,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.ao import quantization as tq
 
+from lightning_qat.errors import UserError
 from lightning_qat.quantization.base import QuantizationCallback
 
 
@@ -16,6 +17,19 @@ class PostTrainingQuantization(QuantizationCallback):
 
     For the arguments see ``QuantizationCallback``.
     """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """As for training, but the module must leave the steps of its optimizer to Lightning.
+
+        Raises:
+            UserError: it does not, or ``target`` cannot be quantised.
+        """
+        if stage == "fit" and not pl_module.automatic_optimization:
+            raise UserError(
+                f"{type(pl_module).__name__} sets automatic_optimization=False: its training_step "
+                "would go on training during calibration. Calibrate a module that returns its loss."
+            )
+        super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Manual optimisation, in which nobody optimises."""

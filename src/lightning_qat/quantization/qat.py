@@ -1,11 +1,11 @@
 """Quantisation aware training as a Lightning callback."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 from torch import nn
 from torch.ao import quantization as tq
-from torch.ao.nn.intrinsic.qat import freeze_bn_stats, update_bn_stats
 
 from lightning_qat.errors import checked_int
 from lightning_qat.quantization.base import QuantizationCallback
@@ -29,6 +29,10 @@ class QuantizationAwareTraining(QuantizationCallback):
     Args:
         qconfig: a name (see ``lightning_qat.quantization.QCONFIGS``) or a ``QConfig``.
         target: dotted name of the submodule to quantise.
+        overrides: another qconfig for some layers, by their name in ``target`` (which covers what
+            is below it) or by their type; None as the value keeps them in float.
+        fuse: lists of names of modules to fuse; None = all that can be fused, and the network's own
+            ``fuse_model(is_qat=True)`` first, where it has one.
         freeze_batch_norm_epoch: from this epoch on batch-norm uses and keeps its running
             statistics, as the INT8 model will; None = never.
         freeze_observer_epoch: from this epoch on the scales stay; None = never.
@@ -41,11 +45,15 @@ class QuantizationAwareTraining(QuantizationCallback):
         qconfig: str | tq.QConfig = "x86",
         target: str = "net",
         *,
+        overrides: Mapping[Any, str | tq.QConfig | None] | None = None,
+        fuse: Sequence[Sequence[str]] | None = None,
         freeze_batch_norm_epoch: int | None = None,
         freeze_observer_epoch: int | None = None,
         allow_saturation: bool = False,
     ) -> None:
-        super().__init__(qconfig, target, allow_saturation=allow_saturation)
+        super().__init__(
+            qconfig, target, overrides=overrides, fuse=fuse, allow_saturation=allow_saturation
+        )
         for name, epoch in (
             ("freeze_batch_norm_epoch", freeze_batch_norm_epoch),
             ("freeze_observer_epoch", freeze_observer_epoch),
@@ -54,6 +62,7 @@ class QuantizationAwareTraining(QuantizationCallback):
                 checked_int(name, epoch, lowest=0)
         self.freeze_batch_norm_epoch = freeze_batch_norm_epoch
         self.freeze_observer_epoch = freeze_observer_epoch
+        self._frozen: set[nn.Module] = set()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
@@ -62,12 +71,13 @@ class QuantizationAwareTraining(QuantizationCallback):
         net, epoch = self._network(pl_module), trainer.current_epoch
         if self.freeze_observer_epoch is None or epoch < self.freeze_observer_epoch:
             net.apply(tq.enable_observer)
-        if self.freeze_batch_norm_epoch is not None:
-            frozen = epoch >= self.freeze_batch_norm_epoch
-            net.apply(_freeze_batch_norm if frozen else update_bn_stats)
-
-
-def _freeze_batch_norm(module: nn.Module) -> None:
-    freeze_bn_stats(module)  # the fused convolutions, which ignore .eval() on their batch-norm
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        module.eval()
+        if self.freeze_batch_norm_epoch is None:
+            return
+        if epoch < self.freeze_batch_norm_epoch:  # a second fit starts from the beginning
+            for batch_norm in self._frozen:
+                batch_norm.train()
+            self._frozen.clear()
+            return
+        for module in net.modules():  # not those that the user has frozen: they are to stay it
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                self._frozen.add(module.eval())

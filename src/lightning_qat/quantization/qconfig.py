@@ -5,7 +5,8 @@ Activations are unsigned 8-bit. ``reduce_range`` maps them to 0..127 instead of 
 without VNNI, two 8-bit by 8-bit products are summed in 16 bits, which 0..255 overflows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch.ao import quantization as tq
@@ -124,3 +125,28 @@ def resolve_qconfig(qconfig: str | tq.QConfig, allow_saturation: bool) -> tuple[
                 "qconfig=x86, or allow_saturation=true to do it all the same."
             )
     return qconfig, engine
+
+
+def resolve_overrides(
+    overrides: Mapping[Any, str | tq.QConfig | None], engine: str, allow_saturation: bool
+) -> dict[Any, tq.QConfig | None]:
+    """The QConfigs of single layers, by name or type; None = in float.
+
+    Raises:
+        UserError: one of them cannot be used, or belongs to another engine than the network's.
+    """
+    if not isinstance(overrides, Mapping):
+        raise UserError(f"overrides={overrides!r}: set it to a mapping, such as {{'fc': None}}.")
+    resolved: dict[Any, tq.QConfig | None] = {}
+    for key, value in overrides.items():
+        if not isinstance(key, str | type):
+            raise UserError(f"overrides: {key!r} is neither the name of a layer nor a type.")
+        resolved[key] = None
+        if value is not None:
+            resolved[key], own_engine = resolve_qconfig(value, allow_saturation)
+            if own_engine != engine:
+                raise UserError(
+                    f"overrides: {key!r} is for the engine {own_engine!r}, the network for "
+                    f"{engine!r}: an INT8 model has one engine."
+                )
+    return resolved

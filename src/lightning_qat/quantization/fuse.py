@@ -1,36 +1,49 @@
-"""Rewrite a float network so that every integer kernel it can use comes within reach.
+"""Rewrite a traced network so that what integer kernels can compute is modules, and fused ones.
 
 Eager-mode quantisation swaps *modules*: what a network computes with functions (``x + y``,
-``F.relu``, ``torch.cat``) has to become modules first, chains like convolution, batch-norm, ReLU
-have to become one, and the places where integers begin and end have to be marked. torch.fx traces
-the graph that shows all of this.
+``F.relu``, ``torch.cat``) has to become modules first, and chains like convolution, batch-norm,
+ReLU have to become one.
 """
 
 import copy
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.ao import quantization as tq
-from torch.ao.nn.intrinsic import BNReLU2d, BNReLU3d
 from torch.ao.nn.quantized import FloatFunctional
+
+from lightning_qat.errors import UserError
+from lightning_qat.quantization.kernels import has_state, limitation
+from lightning_qat.quantization.transposed import FUSED_TRANSPOSED
 
 # Functions by what they compute; a string is the name of a Tensor method.
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_MUL = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
-_CAT = {torch.cat, torch.concat}
+_MUL = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_"}
+_CAT = {torch.cat, torch.concat, torch.concatenate}
 _ACTIVATIONS: dict[Any, type[nn.Module]] = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), nn.ReLU),
-    **dict.fromkeys((torch.sigmoid, F.sigmoid, "sigmoid"), nn.Sigmoid),
-    **dict.fromkeys((torch.tanh, F.tanh, "tanh"), nn.Tanh),
+    **dict.fromkeys((torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_"), nn.Sigmoid),
+    **dict.fromkeys((torch.tanh, F.tanh, "tanh", "tanh_"), nn.Tanh),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), nn.LeakyReLU),
+    **dict.fromkeys((F.hardtanh, F.hardtanh_), nn.Hardtanh),
+    **dict.fromkeys((F.elu, F.elu_), nn.ELU),
     F.relu6: nn.ReLU6,
     F.hardswish: nn.Hardswish,
     F.hardsigmoid: nn.Hardsigmoid,
 }
+_DROPOUTS: dict[Any, type[nn.Module]] = {
+    F.dropout: nn.Dropout,
+    F.dropout1d: nn.Dropout1d,
+    F.dropout2d: nn.Dropout2d,
+    F.dropout3d: nn.Dropout3d,
+    F.alpha_dropout: nn.AlphaDropout,
+}
 
-# The chains that torch has a trainable fused module for.
+# The chains that torch, or this package, has a trainable fused module for.
 _FUSABLE: set[tuple[type[nn.Module], ...]] = {
     (nn.Conv1d, nn.BatchNorm1d, nn.ReLU),
     (nn.Conv2d, nn.BatchNorm2d, nn.ReLU),
@@ -44,44 +57,27 @@ _FUSABLE: set[tuple[type[nn.Module], ...]] = {
     (nn.Linear, nn.ReLU),
     (nn.BatchNorm2d, nn.ReLU),
     (nn.BatchNorm3d, nn.ReLU),
+    *FUSED_TRANSPOSED,
 }
-
-# What prepare_qat gives a fake-quantised weight, and what has an integer kernel without a weight.
-_TRAINABLE: Any = tq.get_default_qat_module_mappings()
-_INTEGER_MODULES: set[type[nn.Module]] = {
-    *_TRAINABLE,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    BNReLU2d,
-    BNReLU3d,
-    nn.ELU,
-    nn.Hardsigmoid,
-    nn.Hardswish,
-    nn.LeakyReLU,
-    nn.Sigmoid,
-    nn.Tanh,
-}
-
-# These take integers to integers of the same scale. Average pools do not belong here: their integer
-# kernel rounds the mean to the input's scale, a rounding that no fake-quantiser has trained with.
-_SAME_SCALE: set[Any] = {
-    nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.MaxPool1d, nn.MaxPool2d, nn.Identity, nn.Flatten,
-    nn.Dropout, nn.Dropout2d, F.max_pool2d, torch.max_pool2d,
-    torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze,
-    torch.chunk, torch.split, operator.getitem,
-    "flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split",
-    "contiguous",
-}  # fmt: skip
 
 _SHAPE_METHODS = {"size", "dim", "numel"}
 _SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
 
 
-def fuse(graph_module: fx.GraphModule) -> fx.GraphModule:
+def fuse(
+    graph_module: fx.GraphModule, chains: Sequence[Sequence[str]] | None = None
+) -> list[list[str]]:
     """Turn functions into modules, and chains of modules into fused ones, of the same Parameters.
 
     Args:
-        graph_module: as torch.fx traced it; is changed in place, and left in train mode.
+        graph_module: as ``trace`` gives it; is changed in place, and left in train mode.
+        chains: the names of the modules to fuse; None = all chains that the graph shows.
+
+    Returns:
+        The chains that have been fused, each into the module of its first name.
+
+    Raises:
+        UserError: ``chains`` names something that is not there or cannot be fused.
     """
     graph_module.train()  # fuse_modules_qat wants it
     _functions_to_modules(graph_module)
@@ -89,62 +85,23 @@ def fuse(graph_module: fx.GraphModule) -> fx.GraphModule:
     _arithmetic_to_float_functional(graph_module)
     graph_module.graph.lint()
     graph_module.recompile()
-    chains = _fusable_chains(graph_module)
-    return tq.fuse_modules_qat(graph_module, chains, inplace=True) if chains else graph_module
+    found = [list(chain) for chain in chains or ()]
+    if chains is None:
+        found = _fusable_chains(graph_module)
+    try:
+        if found:
+            mapping = {"additional_fuser_method_mapping": FUSED_TRANSPOSED}
+            tq.fuse_modules_qat(graph_module, found, inplace=True, fuse_custom_config_dict=mapping)
+    except (AttributeError, NotImplementedError, AssertionError) as error:
+        raise UserError(
+            f"fuse={found}: {error}. Give lists of names of submodules that follow each other, as "
+            "[['conv1', 'bn1', 'relu']], or leave it out: the chains are found without it."
+        ) from error
+    _erase_identities(graph_module)
+    return found
 
 
-def mark_integer_regions(graph_module: fx.GraphModule, qconfig: tq.QConfig) -> list[str]:
-    """Give ``qconfig`` to what has an integer kernel; put QuantStubs and DeQuantStubs around it.
-
-    Returns the names of the modules and functions that stay in float.
-    """
-    graph = graph_module.graph
-    shapes = _shape_nodes(graph)
-    is_integer: dict[fx.Node, bool] = {}
-    stubs: dict[tuple[fx.Node, bool], fx.Node] = {}
-    in_float: list[str] = []
-
-    def stub_after(source: fx.Node, to_integer: bool) -> fx.Node:
-        """One stub for all that read ``source`` on the other side."""
-        if (source, to_integer) not in stubs:
-            stub: Any = tq.QuantStub() if to_integer else tq.DeQuantStub()
-            stub.qconfig = qconfig
-            name = f"{'quant' if to_integer else 'dequant'}_{source.name}"
-            graph_module.add_submodule(name, stub)
-            with graph.inserting_after(source):
-                stubs[source, to_integer] = graph.call_module(name, (source,))
-        return stubs[source, to_integer]
-
-    for node in list(graph.nodes):
-        functional = _float_functional_of(graph_module, node)
-        if node in shapes or (node.op == "get_attr" and functional is not None):
-            continue
-        kind: Any = node.target
-        if node.op == "call_module":
-            module: Any = graph_module.get_submodule(str(node.target))
-            kind = type(module)
-        sources = [source for source in node.all_input_nodes if source in is_integer]
-        if node.op == "call_module" and kind in _INTEGER_MODULES:
-            module.qconfig = qconfig
-            is_integer[node] = True
-        elif functional is not None:
-            functional.qconfig = qconfig
-            is_integer[node] = True
-        elif node.op.startswith("call") and kind in _SAME_SCALE:
-            is_integer[node] = bool(sources) and all(is_integer[source] for source in sources)
-        else:
-            is_integer[node] = False
-            if node.op.startswith("call"):
-                in_float.append(str(node.target) if node.op == "call_module" else node.name)
-        for source in sources:
-            if is_integer[source] != is_integer[node]:
-                node.replace_input_with(source, stub_after(source, is_integer[node]))
-    graph.lint()
-    graph_module.recompile()
-    return in_float
-
-
-def _shape_nodes(graph: fx.Graph) -> set[fx.Node]:
+def shape_nodes(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that hold sizes, not tensors."""
     shapes: set[fx.Node] = set()
     for node in graph.nodes:
@@ -157,7 +114,7 @@ def _shape_nodes(graph: fx.Graph) -> set[fx.Node]:
     return shapes
 
 
-def _float_functional_of(graph_module: fx.GraphModule, node: fx.Node) -> Any:
+def float_functional_of(graph_module: fx.GraphModule, node: fx.Node) -> Any:
     """The FloatFunctional that ``node`` fetches or calls, if any."""
     if node.op == "call_method" and isinstance(node.args[0], fx.Node):
         node = node.args[0]
@@ -167,6 +124,11 @@ def _float_functional_of(graph_module: fx.GraphModule, node: fx.Node) -> Any:
     for name in str(node.target).split("."):
         owner = getattr(owner, name, None)
     return owner if isinstance(owner, FloatFunctional) else None
+
+
+def is_called_once(graph: fx.Graph, name: str) -> bool:
+    """Whether the module ``name`` is used in one place only."""
+    return sum(node.op == "call_module" and node.target == name for node in graph.nodes) == 1
 
 
 def _new_submodule(graph_module: fx.GraphModule, node: fx.Node, module: nn.Module) -> str:
@@ -185,17 +147,24 @@ def _functions_to_modules(graph_module: fx.GraphModule) -> None:
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method"):
             continue
-        if node.target is F.dropout:  # its `training` was decided when the network was traced
-            module: nn.Module = nn.Dropout(node.kwargs.get("p", (*node.args, 0.5)[1]))
+        kwargs = dict(node.kwargs)
+        source, *settings = node.args or (kwargs.pop("input"),)
+        if node.meta.get("dropout_in_training"):
+            # after the probability, which the module has as well, comes the flag
+            module: nn.Module = _DROPOUTS[node.target](*settings[:1], **_only(kwargs, "p"))
         elif node.target in _ACTIVATIONS:
-            module = _ACTIVATIONS[node.target]()
+            module = _ACTIVATIONS[node.target](*settings, **kwargs)
         else:
             continue
         name = _new_submodule(graph_module, node, module)
         with graph.inserting_before(node):
-            call = graph.call_module(name, (node.args[0],))
+            call = graph.call_module(name, (source,))
         node.replace_all_uses_with(call)
         graph.erase_node(node)
+
+
+def _only(kwargs: dict[str, Any], name: str) -> dict[str, Any]:
+    return {name: kwargs[name]} if name in kwargs else {}
 
 
 def _one_module_per_use(graph_module: fx.GraphModule) -> None:
@@ -205,27 +174,27 @@ def _one_module_per_use(graph_module: fx.GraphModule) -> None:
         if node.op != "call_module":
             continue
         module = graph_module.get_submodule(node.target)
-        if node.target in called and not any(
-            True for _ in (*module.parameters(), *module.buffers())
-        ):
+        if node.target in called and not has_state(module):
             node.target = _new_submodule(graph_module, node, copy.deepcopy(module))
         called.add(node.target)
 
 
 def _arithmetic_to_float_functional(graph_module: fx.GraphModule) -> None:
     graph = graph_module.graph
-    shapes = _shape_nodes(graph)
+    shapes = shape_nodes(graph)
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method") or node in shapes:
             continue
+        # a parameter or a constant has no scale that eight bits per tensor would do justice
         of_two_tensors = (
             len(node.args) == 2
             and not node.kwargs
-            and all(isinstance(arg, fx.Node) and arg not in shapes for arg in node.args)
+            and all(isinstance(x, fx.Node) and x not in shapes for x in node.args)
+            and all(x.op != "get_attr" for x in node.all_input_nodes)
         )
         last = node
         kwargs = {"dim" if name == "axis" else name: x for name, x in node.kwargs.items()}
-        if node.target in _CAT:
+        if node.target in _CAT and node.args:
             method = "cat"
         elif node.target in _MUL and of_two_tensors:
             method = "mul"
@@ -253,19 +222,38 @@ def _is_relu(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 def _fusable_chains(graph_module: fx.GraphModule) -> list[list[str]]:
     """The names of the modules to fuse, chain by chain."""
-    calls = [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
     chains: list[list[str]] = []
     taken: set[str] = set()
     for node in graph_module.graph.nodes:
         for length in (3, 2):
             names = [str(link.target) for link in _chain(node, length)]
-            types = tuple(type(graph_module.get_submodule(name)) for name in names)
-            called_once = all(calls.count(name) == 1 for name in names)
-            if types in _FUSABLE and called_once and not taken & set(names):
+            modules = [graph_module.get_submodule(name) for name in names]
+            if (
+                tuple(map(type, modules)) in _FUSABLE
+                and not any(map(limitation, modules))
+                and not _divides_by_zero(modules)
+                and all(is_called_once(graph_module.graph, name) for name in names)
+                and not taken & set(names)
+            ):
                 chains.append(names)
                 taken |= set(names)
                 break
     return chains
+
+
+def _erase_identities(graph_module: fx.GraphModule) -> None:
+    """Fusing leaves one where a layer was; what follows must see the layer itself."""
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_module":
+            module = graph_module.get_submodule(str(node.target))
+            if type(module) is nn.Identity and node.args:
+                node.replace_all_uses_with(node.args[0])
+                graph_module.graph.erase_node(node)
+
+
+def _divides_by_zero(modules: list[Any]) -> bool:
+    """Ours divides by the batch-norm's weight; torch's fused modules have a slow path for that."""
+    return isinstance(modules[0], nn.modules.conv._ConvTransposeNd) and not modules[1].weight.all()
 
 
 def _chain(node: fx.Node, length: int) -> list[fx.Node]:

@@ -1,0 +1,119 @@
+"""What torch's integer kernels can compute, and what they cannot."""
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.ao import quantization as tq
+from torch.ao.nn import qat as nnqat
+from torch.ao.nn import quantized as nnq
+from torch.ao.nn.intrinsic import BNReLU2d, BNReLU3d, _FusedModule
+
+from lightning_qat.quantization.transposed import FakeQuantConvTranspose, FloatConvTransposeBn
+
+# Layer -> its form with fake-quantised weights, and that -> its integer form.
+QAT_LAYERS: dict[Any, Any] = {
+    **tq.get_default_qat_module_mappings(),
+    nn.Conv1d: nnqat.Conv1d,  # torch has the class and leaves it out of its mapping
+    nn.ConvTranspose1d: FakeQuantConvTranspose,
+    nn.ConvTranspose2d: FakeQuantConvTranspose,
+    nn.ConvTranspose3d: FakeQuantConvTranspose,
+    FloatConvTransposeBn: FakeQuantConvTranspose,
+}
+INTEGER_LAYERS: dict[Any, Any] = {
+    **tq.get_default_static_quant_module_mappings(),
+    nnqat.Conv1d: nnq.Conv1d,
+}
+
+# Kernels without trainable weights: of use where what comes in is an integer already.
+INTEGER_FUNCTIONS: set[type[nn.Module]] = {
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    BNReLU2d,
+    BNReLU3d,
+    nn.ELU,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.LeakyReLU,
+    nn.Sigmoid,
+    nn.Tanh,
+}
+
+# These clip; on integers they can follow the rounding as well as precede it.
+CLAMPS: set[type[nn.Module]] = {nn.ReLU, nn.ReLU6, nn.Hardtanh}
+
+# These take integers to integers of the same scale. Average pools do not belong here: their integer
+# kernel rounds the mean to the input's scale, a rounding that no fake-quantiser has trained with.
+_SAME_SCALE: set[Any] = {
+    nn.ReLU, nn.Identity, nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool2d, torch.max_pool2d,
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+    nn.Upsample, nn.UpsamplingNearest2d, F.interpolate, nn.ZeroPad2d, nn.ReflectionPad2d, F.pad,
+    torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze,
+    torch.chunk, torch.split, torch.movedim, torch.unbind, torch.narrow, operator.getitem,
+    "flatten", "unflatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze",
+    "chunk", "split", "movedim", "unbind", "narrow", "contiguous", "clone", "expand", "repeat",
+}  # fmt: skip
+
+
+def keeps_scale(node: fx.Node, module: Any) -> bool:
+    """Whether ``node``, a call (of ``module``, if of one), only moves integers around."""
+    if (type(module) if node.op == "call_module" else node.target) not in _SAME_SCALE:
+        return is_off_in_evaluation(module)
+    settings: dict[str, Any] = vars(module) if module is not None else dict(node.kwargs)
+    if isinstance(module, nn.Upsample) or node.target is F.interpolate:
+        return bool(settings.get("mode", "nearest") == "nearest") and len(node.args) <= 3
+    if node.target is F.pad:  # zero is an integer of every scale
+        return not any(settings.get(name) for name in ("mode", "value")) and len(node.args) <= 2
+    return not settings.get("return_indices", False)
+
+
+def has_state(module: nn.Module) -> bool:
+    """Whether ``module`` holds layers, parameters or buffers."""
+    return any(True for _ in (*module.children(), *module.parameters(), *module.buffers()))
+
+
+def is_off_in_evaluation(module: Any) -> bool:
+    """Whether ``module`` is noise for training, such as DropPath, that evaluation passes by."""
+    if type(module).__module__.startswith("torch."):
+        return isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd)
+    if not isinstance(module, nn.Module) or has_state(module):
+        return False
+    probe = torch.linspace(-1000, 1000, 120).reshape(2, 3, 4, 5)
+    was_training = module.training
+    try:
+        return bool(torch.equal(module.eval()(probe.clone()), probe))  # it may work in place
+    except Exception:  # whatever a forward raises that wants something else
+        return False
+    finally:
+        module.train(was_training)
+
+
+def limitation(module: nn.Module) -> str | None:
+    """Why a layer cannot be an integer one in spite of its type; None where it can."""
+    if isinstance(module, _FusedModule):
+        return limitation(module[0])
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        whole = module.affine and module.track_running_stats
+        return None if whole else "batch-norm without affine parameters or running statistics"
+    has_weight = isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
+    if has_weight and "weight" not in module._parameters:
+        return "its weight is computed, as by weight norm"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        if module.padding_mode not in ("zeros", "reflect"):
+            return f"padding_mode={module.padding_mode!r}"
+        if isinstance(module.padding, str):
+            return f"padding={module.padding!r} with an even kernel"
+    return None
+
+
+def number_the_padding(conv: nn.modules.conv._ConvNd) -> None:
+    """Integer kernels want numbers where ``padding`` says 'valid' or 'same'."""
+    if conv.padding == "valid":
+        conv.padding = (0,) * len(conv.kernel_size)
+    elif conv.padding == "same":
+        spans = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        if not any(span % 2 for span in spans):
+            conv.padding = tuple(span // 2 for span in spans)
