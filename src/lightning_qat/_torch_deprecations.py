@@ -11,6 +11,8 @@ FILTERS: list[tuple[str, type[Warning]]] = [
     (r"torch\.ao\.quantization is deprecated", DeprecationWarning),
     (r"`torch\.jit\.\w+` is deprecated", Warning),
     (r"torch\.quantize_per_tensor, torch\.quantize_per_channel and other", UserWarning),
+    # scripting torch's own fx.GraphModule
+    (r"The TorchScript type system doesn't support instance-level", UserWarning),
     # Lightning's use of torch's own pytree
     (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
 ]

@@ -15,7 +15,10 @@ SECONDS = 20.0  # a large network ends earlier, after at least 20 rounds
 
 @torch.inference_mode()
 def measure_latency(
-    runtimes: dict[str, Callable[[Tensor], Tensor]], image: Tensor
+    runtimes: dict[str, Callable[[Tensor], Tensor]],
+    image: Tensor,
+    rounds: int = ROUNDS,
+    warm_up_rounds: int = WARM_UP_ROUNDS,
 ) -> dict[str, dict[str, float]]:
     """Milliseconds a call, p50 and p95 by runtime, on one thread.
 
@@ -25,16 +28,18 @@ def measure_latency(
     Args:
         runtimes: name -> what to call.
         image: one image, 1 x 3 x H x W, float32, on the CPU.
+        rounds: how many; after ``SECONDS`` no more than ``warm_up_rounds``.
+        warm_up_rounds: calls that are not counted.
     """
     inputs = {name: image.cuda() if name.endswith("_cuda") else image for name in runtimes}
     times: dict[str, list[float]] = {name: [] for name in runtimes}
     with _one_thread():
         for name, runtime in runtimes.items():
-            for _ in range(WARM_UP_ROUNDS):
+            for _ in range(warm_up_rounds):
                 runtime(inputs[name])
         end = time.perf_counter() + SECONDS
-        for round_ in range(ROUNDS):
-            if round_ >= WARM_UP_ROUNDS and time.perf_counter() > end:
+        for round_ in range(rounds):
+            if round_ >= warm_up_rounds and time.perf_counter() > end:
                 break
             for name, runtime in runtimes.items():
                 _wait(inputs[name])

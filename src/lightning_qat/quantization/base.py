@@ -19,7 +19,7 @@ from lightning_qat.quantization.compatibility import (
 )
 from lightning_qat.quantization.convert import Int8Model, convert, is_converted
 from lightning_qat.quantization.prepare import check_same_function, is_prepared, prepare_qat
-from lightning_qat.quantization.qconfig import resolve_overrides, resolve_qconfig
+from lightning_qat.quantization.qconfig import describe, resolve_overrides, resolve_qconfig
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class QuantizationCallback(pl.Callback):
         self.fuse = fuse
         self.in_float: dict[str, str] = {}
         self.networks: dict[str, nn.Module] = {}
-        self._scheme = {"qconfig": str(qconfig), "overrides": str(overrides or {})}
+        self._scheme = {"qconfig": describe(self.qconfig), "overrides": describe(self.overrides)}
         self._to_check: tuple[nn.Module, nn.Module] | None = None
 
     @property
@@ -184,8 +184,17 @@ class QuantizationCallback(pl.Callback):
                     "network."
                 )
             return
-        float_net = copy.deepcopy(net).eval()
-        prepared = prepare_qat(net, self.qconfig, self.overrides, self.fuse, self._scheme)
+        try:
+            float_net = copy.deepcopy(net).eval()
+        except RuntimeError as error:
+            raise UserError(
+                f"target={self.target!r} cannot be copied: {error} Weights that a hook computes do "
+                "that, as of torch.nn.utils.weight_norm and prune: make them permanent "
+                "(remove_weight_norm, prune.remove) or use torch.nn.utils.parametrizations."
+            ) from error
+        prepared = prepare_qat(
+            net, self.qconfig, self.engine, self.overrides, self.fuse, self._scheme
+        )
         self.in_float = prepared.in_float
         # a copy: by the time of the first forward, weights may have been restored
         self._to_check = (float_net, copy.deepcopy(prepared))

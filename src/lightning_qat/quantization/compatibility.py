@@ -58,6 +58,7 @@ def average_integers_as_integers(callback: WeightAveraging) -> None:
                         x.copy_(now)
                 observer: Any = getattr(mean, "activation_post_process", None)
                 if hasattr(observer, "min_val") and observer.min_val.numel():
-                    mean.zero_point.copy_(observer.calculate_qparams()[1])
+                    zero_point: Any = mean.zero_point
+                    zero_point.copy_(observer.calculate_qparams()[1])
 
     averaged.update_parameters = update

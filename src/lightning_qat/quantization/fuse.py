@@ -65,12 +65,15 @@ _SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
 
 
 def fuse(
-    graph_module: fx.GraphModule, chains: Sequence[Sequence[str]] | None = None
+    graph_module: fx.GraphModule,
+    engine: str,
+    chains: Sequence[Sequence[str]] | None = None,
 ) -> list[list[str]]:
     """Turn functions into modules, and chains of modules into fused ones, of the same Parameters.
 
     Args:
         graph_module: as ``trace`` gives it; is changed in place, and left in train mode.
+        engine: the quantised engine of torch to convert for later.
         chains: the names of the modules to fuse; None = all chains that the graph shows.
 
     Returns:
@@ -87,7 +90,7 @@ def fuse(
     graph_module.recompile()
     found = [list(chain) for chain in chains or ()]
     if chains is None:
-        found = _fusable_chains(graph_module)
+        found = _fusable_chains(graph_module, engine)
     try:
         if found:
             mapping = {"additional_fuser_method_mapping": FUSED_TRANSPOSED}
@@ -220,7 +223,7 @@ def _is_relu(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     )
 
 
-def _fusable_chains(graph_module: fx.GraphModule) -> list[list[str]]:
+def _fusable_chains(graph_module: fx.GraphModule, engine: str) -> list[list[str]]:
     """The names of the modules to fuse, chain by chain."""
     chains: list[list[str]] = []
     taken: set[str] = set()
@@ -230,7 +233,7 @@ def _fusable_chains(graph_module: fx.GraphModule) -> list[list[str]]:
             modules = [graph_module.get_submodule(name) for name in names]
             if (
                 tuple(map(type, modules)) in _FUSABLE
-                and not any(map(limitation, modules))
+                and not any(limitation(module, engine) for module in modules)
                 and not _divides_by_zero(modules)
                 and all(is_called_once(graph_module.graph, name) for name in names)
                 and not taken & set(names)

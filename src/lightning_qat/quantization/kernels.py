@@ -91,16 +91,17 @@ def is_off_in_evaluation(module: Any) -> bool:
         module.train(was_training)
 
 
-def limitation(module: nn.Module) -> str | None:
+def limitation(module: Any, engine: str) -> str | None:
     """Why a layer cannot be an integer one in spite of its type; None where it can."""
     if isinstance(module, _FusedModule):
-        return limitation(module[0])
+        return limitation(module[0], engine)
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         whole = module.affine and module.track_running_stats
         return None if whole else "batch-norm without affine parameters or running statistics"
-    has_weight = isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
-    if has_weight and "weight" not in module._parameters:
-        return "its weight is computed, as by weight norm"
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd) and engine != "qnnpack"
+    # seen in torch 2.15: fbgemm and oneDNN give other numbers than F.conv_transpose2d
+    if transposed and (module.groups > 1 or module.in_channels != module.out_channels):
+        return f"{engine}'s kernel is wrong with groups, or unlike numbers of channels"
     if isinstance(module, nn.modules.conv._ConvNd):
         if module.padding_mode not in ("zeros", "reflect"):
             return f"padding_mode={module.padding_mode!r}"

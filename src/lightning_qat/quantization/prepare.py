@@ -58,6 +58,7 @@ class FakeQuantisedNetwork(fx.GraphModule):
 def prepare_qat(
     net: nn.Module,
     qconfig: tq.QConfig,
+    engine: str,
     overrides: Overrides | None = None,
     chains: Sequence[Sequence[str]] | None = None,
     scheme: Mapping[str, str] | None = None,
@@ -68,6 +69,7 @@ def prepare_qat(
         net: any network that torch.fx can trace. Its own ``fuse_model(is_qat=True)`` is called
             where it has one and ``chains`` is None.
         qconfig: for every layer that ``overrides`` does not name.
+        engine: the quantised engine of torch that the network will be converted for.
         overrides: qconfig by name or by type of layers; None as the value = in float. A name also
             covers everything below it; the longest name wins, and names win over types.
         chains: names of the modules to fuse; None = all that can be.
@@ -88,7 +90,7 @@ def prepare_qat(
         if isinstance(module, nn.modules.conv._ConvNd):
             number_the_padding(module)
     graph_module = trace(net)
-    fused = fuse(graph_module, chains)
+    fused = fuse(graph_module, engine, chains)
 
     def qconfig_of(name: str, module: nn.Module) -> tq.QConfig | None:
         for length in range(name.count(".") + 1, 0, -1):
@@ -98,11 +100,11 @@ def prepare_qat(
         layer = module[0] if isinstance(module, _FusedModule) else module
         return overrides.get(type(layer), qconfig)
 
-    in_float = mark_integer_regions(graph_module, qconfig_of)
+    in_float = mark_integer_regions(graph_module, qconfig_of, engine)
     if not any(getattr(module, "qconfig", None) for module in graph_module.modules()):
         raise UserError(
             f"{type(net).__name__} holds no layer with an integer kernel (convolution or linear) "
-            "that may be used: point `target` at a network that has some."
+            f"that may be used{_in_words(in_float)}: point `target` at a network that has some."
         )
     for reason in dict.fromkeys(in_float.values()):
         names = [name for name, why in in_float.items() if why == reason]
@@ -115,6 +117,10 @@ def prepare_qat(
     _initialise_weight_scales(prepared)
     _restore_modes(prepared, modes, fused)
     return prepared
+
+
+def _in_words(in_float: dict[str, str]) -> str:
+    return "".join(f"; {name} stays in float ({why})" for name, why in [*in_float.items()][:3])
 
 
 def is_prepared(net: nn.Module) -> bool:

@@ -150,3 +150,14 @@ def resolve_overrides(
                     f"{engine!r}: an INT8 model has one engine."
                 )
     return resolved
+
+
+def describe(qconfig: tq.QConfig | Mapping[Any, Any] | None) -> str:
+    """A qconfig, or a mapping to some, in words that are the same in every process."""
+    if isinstance(qconfig, Mapping):
+        words = {getattr(key, "__qualname__", key): describe(x) for key, x in qconfig.items()}
+        return ", ".join(f"{key}: {word}" for key, word in sorted(words.items())) or "none"
+    for name, make in QCONFIGS.items():
+        if str(qconfig) == str(make()) and getattr(qconfig, "engine", None) == make().engine:
+            return name
+    return "float" if qconfig is None else str(qconfig)

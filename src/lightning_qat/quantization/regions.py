@@ -20,7 +20,9 @@ from lightning_qat.quantization.trace import BY_MODE
 QConfigOf = Callable[[str, nn.Module], tq.QConfig | None]
 
 
-def mark_integer_regions(graph_module: fx.GraphModule, qconfig_of: QConfigOf) -> dict[str, str]:
+def mark_integer_regions(
+    graph_module: fx.GraphModule, qconfig_of: QConfigOf, engine: str
+) -> dict[str, str]:
     """Give a qconfig to what has an integer kernel; put QuantStubs and DeQuantStubs around it.
 
     Layers always become integers. Other kernels do where an integer comes in: rounding a float only
@@ -29,13 +31,13 @@ def mark_integer_regions(graph_module: fx.GraphModule, qconfig_of: QConfigOf) ->
     Returns:
         What stays in float and might have been expected not to: name -> reason.
     """
-    return _Marking(graph_module, qconfig_of).in_float
+    return _Marking(graph_module, qconfig_of, engine).in_float
 
 
 class _Marking:
-    def __init__(self, graph_module: fx.GraphModule, qconfig_of: QConfigOf) -> None:
+    def __init__(self, graph_module: fx.GraphModule, qconfig_of: QConfigOf, engine: str) -> None:
         self.graph_module, self.graph = graph_module, graph_module.graph
-        self.qconfig_of = qconfig_of
+        self.qconfig_of, self.engine = qconfig_of, engine
         self.in_float: dict[str, str] = {}
         self.qconfigs: dict[fx.Node, tq.QConfig | None] = {}  # of a tensor; None = it is a float
         self.rounds: set[fx.Node] = set()  # layers and sums: they round to a scale of their own
@@ -71,7 +73,7 @@ class _Marking:
         if is_layer or functional or type(module) in INTEGER_FUNCTIONS:
             if not is_layer and not any(incoming):
                 return None
-            reason = None if functional else limitation(module)
+            reason = None if functional else limitation(module, self.engine)
             qconfig = None if reason else self.qconfig_of(name, module)
             if qconfig is None:
                 self.in_float[name] = reason or "kept in float by `overrides`"
@@ -85,7 +87,8 @@ class _Marking:
                 return incoming[0]
             if keeps_scale(node, module):
                 return incoming[0]
-        if (any(incoming) and node.op.startswith("call")) or (
+        makes_a_tuple = isinstance(node.target, type)  # GoogLeNetOutputs, say
+        if (any(incoming) and node.op.startswith("call") and not makes_a_tuple) or (
             node.op == "call_module"
             and not keeps_scale(node, module)
             and type(module) not in CLAMPS

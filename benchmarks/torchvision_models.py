@@ -1,0 +1,173 @@
+"""Every convolutional classification network of torchvision through the callback's passes.
+
+    python benchmarks/torchvision_models.py            # those that have no result yet
+    python benchmarks/torchvision_models.py resnet18   # these, again
+
+Each is prepared as it comes, with random weights and batch-norm statistics of the images (noise),
+trained one step, converted, scripted, and timed on one thread, FP32 and INT8 in turns. Writes
+benchmarks/results/torchvision_models.json after every network, and the table beside it.
+"""
+
+import gc
+import json
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.ao import quantization as tq
+from torch.utils._pytree import tree_leaves
+
+from lightning_qat.atomic import atomic_path
+from lightning_qat.deployment.deployed import torchscript
+from lightning_qat.deployment.latency import measure_latency
+from lightning_qat.quantization.convert import convert
+from lightning_qat.quantization.prepare import prepare_qat
+from lightning_qat.quantization.qconfig import QCONFIGS
+from lightning_qat.report.environment import environment
+
+RESULTS = Path(__file__).parent / "results"
+QCONFIG = "x86"
+BATCH = 4
+NOT_CONVOLUTIONAL = ("vit", "swin", "maxvit")
+# Published input sizes; a smaller one would leave Inception nothing to pool.
+SIZES = {"inception_v3": 299}
+LAYERS = nn.Conv2d | nn.Linear
+
+
+def logits(net: Any, images: Tensor) -> Tensor:
+    """The first output: in evaluation the only one."""
+    with torch.no_grad():
+        return tree_leaves(net(images))[0]
+
+
+def measure(name: str) -> dict[str, Any]:
+    """One row of the table."""
+    torch.manual_seed(0)
+    net = torchvision.models.get_model(name, weights=None).train()
+    size = SIZES.get(name, 224)
+    images = torch.randn(BATCH, 3, size, size)
+    batch_norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [batch_norm.momentum for batch_norm in batch_norms]
+    for batch_norm in batch_norms:
+        batch_norm.momentum = 1.0
+    logits(net, images)
+    for batch_norm, momentum in zip(batch_norms, momenta, strict=True):
+        batch_norm.momentum = momentum
+    layers = sum(isinstance(module, LAYERS) for module in net.modules())
+    float_logits = logits(net.eval(), images)
+    fp32: dict[str, Any] = {"fp32_torchscript": torchscript(net)}
+    fp32["fp32_eager"] = torchvision.models.get_model(name, weights=None).eval()
+
+    prepared = prepare_qat(net.train(), QCONFIGS[QCONFIG](), QCONFIG)
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=1e-4)
+    outputs = [x for x in tree_leaves(prepared(images)) if isinstance(x, Tensor)]
+    sum(x.pow(2).mean() for x in outputs).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    optimizer.zero_grad()
+    prepared.eval().apply(tq.disable_observer)
+    model = convert(prepared, QCONFIG)
+    in_float = sum(isinstance(module, LAYERS) for module in model.modules())
+    trained, integer = logits(prepared, images), logits(model, images)
+    step = _step_of_last_layer(prepared)
+    scripted = torchscript(model)
+    if not torch.allclose(logits(scripted, images), integer, atol=0.1 * step):
+        raise RuntimeError("TorchScript computes something else")
+    latency = measure_latency({**fp32, "int8_torchscript": scripted}, images[:1], 20, 3)
+    return {
+        "layers": layers,
+        "integer": layers - in_float,
+        "in_float": Counter(_in_words(prepared, name) for name in prepared.in_float),
+        "int8_vs_fake_quant_steps": {
+            "mean": ((integer - trained).abs() / step).mean().item(),
+            "max": ((integer - trained).abs() / step).max().item(),
+        },
+        "fake_quant_vs_fp32_steps": {"mean": ((trained - float_logits).abs() / step).mean().item()},
+        "latency_ms": latency,
+        "environment": environment(),
+    }
+
+
+def _step_of_last_layer(prepared: nn.Module) -> float:
+    scales: list[Any] = [
+        module.activation_post_process.scale
+        for module in prepared.modules()
+        if isinstance(module, LAYERS) and hasattr(module, "activation_post_process")
+        and hasattr(module.activation_post_process, "scale")
+    ]  # fmt: skip
+    return scales[-1].item()
+
+
+def _in_words(prepared: Any, name: str) -> str:
+    """What kind of thing it is that stays in float, and why."""
+    modules = dict(prepared.named_modules())
+    kind = type(modules[name]).__name__ if name in modules else name.rstrip("_0123456789")
+    return f"{kind}: {prepared.in_float[name]}"
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results in Markdown, worst news first."""
+    failed = {name: row["error"] for name, row in results.items() if "error" in row}
+    rows = {name: row for name, row in results.items() if "error" not in row}
+    where = next(iter(rows.values()))["environment"]
+    lines = [
+        f"# torchvision's {len(results)} convolutional classification networks",
+        "",
+        f"{len(rows)} go through unmodified: prepare, one training step, convert, TorchScript. "
+        f"{len(failed)} fail{': ' if failed else '.'}",
+        *(f"- `{name}`: {error}" for name, error in failed.items()),
+        "",
+        f"qconfig `{QCONFIG}`, random weights, noise of 224 x 224 (Inception 299 x 299), batch "
+        f"{BATCH}, seed 0. Steps: of the logits' scale, mean over the logits; the difference of "
+        "INT8 and fake-quant beside that of fake-quant and FP32 (random networks amplify every "
+        "rounding; trained ones do not). Latency: 1 image, 1 thread, medians of 20 interleaved "
+        f"rounds, as ratios. {where['cpu']} ({'with' if where['vnni'] else 'without'} VNNI), torch "
+        f"{where['torch']}, {where['date']}, commit {str(where['commit'])[:10]}: "
+        "`python benchmarks/torchvision_models.py`.",
+        "",
+        "| network | integer layers | INT8 - fake-quant | fake-quant - FP32 | FP32 eager / INT8 "
+        "| FP32 TorchScript / INT8 | in float |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in sorted(rows.items()):
+        latency = {runtime: x["p50"] for runtime, x in row["latency_ms"].items()}
+        in_float = "; ".join(f"{count} {words}" for words, count in row["in_float"].items())
+        lines.append(
+            f"| {name} | {row['integer']} of {row['layers']} "
+            f"| {row['int8_vs_fake_quant_steps']['mean']:.2f} "
+            f"| {row['fake_quant_vs_fp32_steps']['mean']:.2f} "
+            f"| {latency['fp32_eager'] / latency['int8_torchscript']:.1f}x "
+            f"| {latency['fp32_torchscript'] / latency['int8_torchscript']:.1f}x | {in_float} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure what has no result yet, or what is named."""
+    warnings.filterwarnings("ignore", message="The default weight initialization of")
+    file = RESULTS / "torchvision_models.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    names = sys.argv[1:] or [
+        name
+        for name in torchvision.models.list_models(module=torchvision.models)
+        if not name.startswith(NOT_CONVOLUTIONAL) and name not in results
+    ]
+    for name in names:
+        try:
+            results[name] = measure(name)
+        except Exception as error:  # a network that fails is a row of the table
+            results[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        print(name, results[name].get("error", "done"), flush=True)
+        gc.collect()
+        with atomic_path(file) as partial:
+            partial.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        with atomic_path(RESULTS / "torchvision_models.md") as partial:
+            partial.write_text(table(results))
+
+
+if __name__ == "__main__":
+    main()
