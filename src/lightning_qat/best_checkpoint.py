@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_qat.atomic import atomic_path
 from lightning_qat.checkpoint import read_checkpoint
@@ -23,9 +24,7 @@ class BestCheckpoint(ModelCheckpoint):
         if state_dict["dirpath"] != self.dirpath and self.dirpath and before.is_file():
             read_checkpoint(before, "delete it to continue without the best weights so far.")
             here = Path(self.dirpath) / before.name
-            here.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(here) as partial:
-                shutil.copyfile(before, partial)
+            _copy(before, here)
             state_dict = state_dict | {
                 "dirpath": self.dirpath,
                 "best_model_path": str(here),
@@ -33,3 +32,10 @@ class BestCheckpoint(ModelCheckpoint):
                 "best_k_models": {str(here): state_dict["best_model_score"]},
             }
         super().load_state_dict(state_dict)
+
+
+@rank_zero_only
+def _copy(file: Path, to: Path) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(to) as partial:
+        shutil.copyfile(file, partial)

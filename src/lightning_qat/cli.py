@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
@@ -21,6 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_qat import processes
 from lightning_qat.atomic import atomic_path
 from lightning_qat.errors import UserError
 
@@ -63,23 +65,40 @@ def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     def guarded(cfg: DictConfig) -> None:
         hydra = HydraConfig.get()
         failure = Path(hydra.runtime.output_dir) / FAILURE_FILE
-        failure.unlink(missing_ok=True)
+        if one_of_several := processes.is_one():
+            processes.begin()
+        else:
+            failure.unlink(missing_ok=True)
         try:
-            task(cfg)
+            if processes.wanted(cfg):
+                _run_in_processes(hydra, failure)
+            else:
+                task(cfg)
         except Exception as error:
+            if one_of_several and failure.exists():
+                end(OUR_FAULT)  # because another process has failed, which says why
             message = users_mistake(error)
             if message is None:
                 status, message = OUR_FAULT, f"{type(error).__name__}: {error}"
                 log.error("%s", traceback.format_exc())
             else:
                 status = USERS_MISTAKE
-                log.error("%s", message)
+                if not one_of_several:  # else the process that waits for all of them says it
+                    log.error("%s", message)
             with atomic_path(failure) as partial:
                 partial.write_text(json.dumps({"status": status, "message": message}) + "\n")
-            if hydra.mode == RunMode.RUN:
-                end(status)
+        if failure.exists() and hydra.mode == RunMode.RUN:
+            end(json.loads(failure.read_text())["status"])
 
     return guarded
+
+
+def _run_in_processes(hydra: HydraConf, failure: Path) -> None:
+    status = processes.run(hydra)
+    if failure.exists():
+        log.error("%s", json.loads(failure.read_text())["message"])
+    elif status:
+        raise RuntimeError(f"the first process of this job ended with {status} and said nothing")
 
 
 def end(status: int) -> NoReturn:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import WeightAveraging
 from torch import nn
 from torch.ao import quantization as tq
@@ -30,6 +31,10 @@ class QuantizationCallback(pl.Callback):
     Preparation happens before Lightning restores a checkpoint, builds optimizers and wraps the
     module for DDP: so a checkpoint of a prepared network loads, and learnable scales get
     optimised. Observers are off whenever no training step runs.
+
+    With several processes, rank 0's statistics count, for observers as for batch-norm: DDP hands
+    its buffers out before each training step, and this callback before validation and when ``fit``
+    ends. So all processes validate, and end, with the same scales.
 
     Args:
         qconfig: a name (see ``lightning_qat.quantization.QCONFIGS``) or a ``QConfig``.
@@ -151,6 +156,14 @@ class QuantizationCallback(pl.Callback):
         """Neither validation nor a later ``test`` may move a scale."""
         self._network(pl_module).apply(tq.disable_observer)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Every process validates the same network."""
+        self._take_statistics_of_rank_0(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """While the processes can still talk to each other."""
+        self._take_statistics_of_rank_0(trainer, pl_module)
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Convert a copy; ``target`` itself stays the trained, fake-quantised network."""
         fake_quantised = copy.deepcopy(self._network(pl_module))
@@ -162,6 +175,14 @@ class QuantizationCallback(pl.Callback):
         fake_quantised.cpu().eval().apply(tq.disable_observer)
         self.networks["fake_quant"] = fake_quantised
         self.networks["int8"] = convert(fake_quantised, self.engine)
+
+    def _take_statistics_of_rank_0(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        # DDP by itself leaves the last step's apart, and all of them in manual optimisation (PTQ)
+        if trainer.world_size > 1:
+            for statistic in self._network(pl_module).buffers():
+                torch.distributed.broadcast(statistic, src=0)
 
     def _prepare(self, pl_module: pl.LightningModule) -> None:
         net = self._network(pl_module)

@@ -38,6 +38,7 @@ class PostTrainingQuantization(QuantizationCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the module as it came."""
+        super().on_train_end(trainer, pl_module)
         pl_module.automatic_optimization = self._automatic_optimization
 
     def on_exception(
