@@ -60,8 +60,6 @@ def measure(name: str) -> dict[str, Any]:
         batch_norm.momentum = momentum
     layers = sum(isinstance(module, LAYERS) for module in net.modules())
     float_logits = logits(net.eval(), images)
-    fp32: dict[str, Any] = {"fp32_torchscript": torchscript(net)}
-    fp32["fp32_eager"] = torchvision.models.get_model(name, weights=None).eval()
 
     prepared = prepare_qat(net.train(), QCONFIGS[QCONFIG](), QCONFIG)
     optimizer = torch.optim.SGD(prepared.parameters(), lr=1e-4)
@@ -77,11 +75,20 @@ def measure(name: str) -> dict[str, Any]:
     scripted = torchscript(model)
     if not torch.allclose(logits(scripted, images), integer, atol=0.1 * step):
         raise RuntimeError("TorchScript computes something else")
-    latency = measure_latency({**fp32, "int8_torchscript": scripted}, images[:1], 20, 3)
+    words = Counter(_in_words(prepared, name) for name in prepared.in_float)
+    del net, prepared, model, outputs, optimizer  # the largest network fits into 24 GB only so
+    gc.collect()
+    fp32 = torchvision.models.get_model(name, weights=None).eval()
+    runtimes = {
+        "fp32_eager": fp32,
+        "fp32_torchscript": torchscript(fp32),
+        "int8_torchscript": scripted,
+    }
+    latency = measure_latency(runtimes, images[:1], 20, 3)
     return {
         "layers": layers,
         "integer": layers - in_float,
-        "in_float": Counter(_in_words(prepared, name) for name in prepared.in_float),
+        "in_float": words,
         "int8_vs_fake_quant_steps": {
             "mean": ((integer - trained).abs() / step).mean().item(),
             "max": ((integer - trained).abs() / step).max().item(),

@@ -34,6 +34,18 @@ def test_every_choice_in_the_readme_is_a_config_file() -> None:
         assert sorted(choices) == sorted(path.stem for path in (ROOT / "conf" / group).iterdir())
 
 
+def test_importing_the_package_adds_little_to_lightnings_own_time() -> None:
+    code = (
+        "import time, pytorch_lightning; start = time.perf_counter(); "
+        "from lightning_qat import QuantizationAwareTraining; print(time.perf_counter() - start)"
+    )
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+        for _ in range(2)  # the first may compile
+    ]
+    assert min(seconds) < 0.2
+
+
 def test_importing_the_package_pulls_in_neither_hydra_nor_plotting() -> None:
     code = (
         "import sys, pytorch_lightning; before = set(sys.modules); "

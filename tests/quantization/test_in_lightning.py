@@ -17,9 +17,12 @@ from pytorch_lightning.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from pytorch_lightning.demos import LightningTransformer
 from pytorch_lightning.demos.boring_classes import BoringModel
+from pytorch_lightning.tuner import Tuner
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qat import PostTrainingQuantization, QuantizationAwareTraining
 from tests.quantization.networks import SmallModule, SmallNet, images, loader
@@ -137,6 +140,12 @@ def test_finders_are_refused_with_a_reason(finder: type[pl.Callback], tmp_path: 
         trainer.fit(BringsItsData())
 
 
+def test_the_tuner_is_refused_too(tmp_path: Path) -> None:
+    tuner = Tuner(trainer_with(QuantizationAwareTraining(), folder=tmp_path))
+    with pytest.raises(ValueError, match="on the float network, without this callback"):
+        tuner.lr_find(BringsItsData())
+
+
 class BuildsLate(SmallModule):
     """Builds its network in `configure_model`, as Lightning advises for large ones."""
 
@@ -184,6 +193,17 @@ def test_lightnings_boring_model_is_quantised(tmp_path: Path) -> None:
     module, callback = BoringModel(), QuantizationAwareTraining(target="layer")
     trainer_with(callback, folder=tmp_path, limit_train_batches=4).fit(module)
     assert callback.int8_model(torch.randn(5, 32)).shape == (5, 2)
+
+
+def test_a_part_of_lightnings_transformer_is_quantised(tmp_path: Path) -> None:
+    words = torch.randint(30, (16, 7))
+    module = LightningTransformer(vocab_size=30)
+    callback = QuantizationAwareTraining(target="model.decoder")
+    trainer_with(callback, folder=tmp_path).fit(
+        module, DataLoader(TensorDataset(words, words), batch_size=8)
+    )
+    features = torch.randn(2, 7, 200)
+    assert callback.int8_model(features).shape == (2, 7, 30)
 
 
 class Manual(SmallModule):

@@ -39,6 +39,18 @@ def test_a_qconfig_of_torchs_own_works_too(tmp_path: Path) -> None:
     assert same.double().mean() > 0.97  # its fake-quantisers clip at 127, the kernels do not
 
 
+def test_a_qconfig_with_histograms_works_too(tmp_path: Path) -> None:
+    histogram = tq.FakeQuantize.with_args(observer=tq.HistogramObserver, dtype=torch.quint8)
+    weight = tq.default_per_channel_weight_fake_quant
+    callback = QuantizationAwareTraining(tq.QConfig(histogram, weight), allow_saturation=True)
+    module = SmallModule()
+    trainer_with(callback, folder=tmp_path).fit(module, loader())
+    x, _ = images(count=256, seed=2)
+    with torch.no_grad():
+        same = module.net.eval()(x).argmax(1) == callback.int8_model(x).argmax(1)
+    assert same.double().mean() > 0.97
+
+
 def test_an_observer_only_qconfig_is_refused() -> None:
     with pytest.raises(ValueError, match="observes but does not fake-quantise"):
         QuantizationAwareTraining(tq.get_default_qconfig("x86"))

@@ -1,7 +1,6 @@
 """What quantisation aware training and post-training quantisation share: prepare, then convert."""
 
 import copy
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from lightning_qat.quantization.compatibility import (
 from lightning_qat.quantization.convert import Int8Model, convert, is_converted
 from lightning_qat.quantization.prepare import check_same_function, is_prepared, prepare_qat
 from lightning_qat.quantization.qconfig import describe, resolve_overrides, resolve_qconfig
-
-log = logging.getLogger(__name__)
 
 
 class QuantizationCallback(pl.Callback):

@@ -3,11 +3,11 @@
 import copy
 import difflib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, fx, nn
 from torch.ao import quantization as tq
 from torch.ao.nn.intrinsic import _FusedModule
@@ -18,8 +18,6 @@ from lightning_qat.quantization.fuse import fuse
 from lightning_qat.quantization.kernels import QAT_LAYERS, number_the_padding
 from lightning_qat.quantization.regions import mark_integer_regions
 from lightning_qat.quantization.trace import trace
-
-log = logging.getLogger(__name__)
 
 Overrides = Mapping[str | type[nn.Module], tq.QConfig | None]
 
@@ -109,7 +107,7 @@ def prepare_qat(
     for reason in dict.fromkeys(in_float.values()):
         names = [name for name, why in in_float.items() if why == reason]
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        log.info("in float, %s: %s%s", reason, ", ".join(names[:8]), more)
+        rank_zero_info(f"In float, {reason}: {', '.join(names[:8])}{more}.")
     device = next((x.device for x in net.parameters()), torch.device("cpu"))
     graph_module = tq.prepare_qat(graph_module.train(), mapping=QAT_LAYERS, inplace=True)
     prepared = FakeQuantisedNetwork(graph_module, graph_module.graph, type(net).__name__).to(device)
