@@ -1,13 +1,15 @@
-"""Write the README's table and plot from the metrics.json files in benchmarks/results/.
+"""Write the README's table, plot and torchvision summary from the files in benchmarks/results/.
 
 After a measurement on a quiet machine:
 
+    python benchmarks/torchvision_models.py
     cp outputs/multiruns/<time>/<job>/metrics.json benchmarks/results/<name>/<stage>.json
     python benchmarks/readme.py
 """
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +101,37 @@ def plot(results: dict[str, dict[str, dict[str, Any]]]) -> None:
     figure.savefig(PLOT, metadata={"Date": None})
 
 
+def torchvision_summary() -> str:
+    """How many of torchvision's networks go through, and how much faster they are."""
+    rows = json.loads((RESULTS / "torchvision_models.json").read_text())
+    good = [row for row in rows.values() if "error" not in row]
+    latencies = [{name: x["p50"] for name, x in row["latency_ms"].items()} for row in good]
+    ratios = [x["fp32_torchscript"] / x["int8_torchscript"] for x in latencies]
+    where = good[0]["environment"]
+    return (
+        f"Of torchvision's {len(rows)} convolutional classification networks, {len(good)} go through "
+        f"unmodified, with {min(row['integer'] / row['layers'] for row in good):.0%} or more of their "
+        "convolutions and linear layers as integer modules; the INT8 TorchScript file is "
+        f"{statistics.median(ratios):.1f} times as fast as the FP32 one in the median "
+        f"({min(ratios):.1f} to {max(ratios):.1f}; 1 image, 1 thread, random weights, seed 0, "
+        f"{where['cpu']} {'with' if where['vnni'] else 'without'} VNNI, torch {where['torch']}, "
+        f"{where['date']}: `python benchmarks/torchvision_models.py`). "
+        "[Network by network](benchmarks/results/torchvision_models.md)."
+    )
+
+
 def main() -> None:
-    """Put both where the README has them."""
+    """Put all of it where the README has it."""
     results = load()
     readme = ROOT / "README.md"
-    text = re.sub(
-        r"(<!-- results -->\n).*?(<!-- /results -->)",
-        lambda match: f"{match[1]}{table(results)}\n{match[2]}",
-        readme.read_text(),
-        flags=re.DOTALL,
-    )
+    text = readme.read_text()
+    for mark, content in (("results", table(results)), ("torchvision", torchvision_summary())):
+        text = re.sub(
+            rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)",
+            lambda match, content=content: f"{match[1]}{content}\n{match[2]}",
+            text,
+            flags=re.DOTALL,
+        )
     readme.write_text(text)
     plot(results)
 

@@ -121,6 +121,7 @@ def table(results: dict[str, Any]) -> str:
     failed = {name: row["error"] for name, row in results.items() if "error" in row}
     rows = {name: row for name, row in results.items() if "error" not in row}
     where = next(iter(rows.values()))["environment"]
+    commits = sorted({str(row["environment"]["commit"])[:10] for row in rows.values()})
     lines = [
         f"# torchvision's {len(results)} convolutional classification networks",
         "",
@@ -131,10 +132,12 @@ def table(results: dict[str, Any]) -> str:
         f"qconfig `{QCONFIG}`, random weights, noise of 224 x 224 (Inception 299 x 299), batch "
         f"{BATCH}, seed 0. Steps: of the logits' scale, mean over the logits; the difference of "
         "INT8 and fake-quant beside that of fake-quant and FP32 (random networks amplify every "
-        "rounding; trained ones do not). Latency: 1 image, 1 thread, medians of 20 interleaved "
+        "rounding; the trained one of the README does not). Latency: 1 image, 1 thread, medians of 20 interleaved "
         f"rounds, as ratios. {where['cpu']} ({'with' if where['vnni'] else 'without'} VNNI), torch "
-        f"{where['torch']}, {where['date']}, commit {str(where['commit'])[:10]}: "
-        "`python benchmarks/torchvision_models.py`.",
+        f"{where['torch']}, {where['date']}, commit {', '.join(commits)}: "
+        "`python benchmarks/torchvision_models.py`. The slow ones are depthwise convolutions of more "
+        "than 100 channels that are no multiple of 8: the engine `x86` takes fbgemm for them, which "
+        "is slow there; oneDNN is not (qconfig `onednn`, on a CPU with VNNI).",
         "",
         "| network | integer layers | INT8 - fake-quant | fake-quant - FP32 | FP32 eager / INT8 "
         "| FP32 TorchScript / INT8 | in float |",
