@@ -108,14 +108,15 @@ def torchvision_summary() -> str:
     latencies = [{name: x["p50"] for name, x in row["latency_ms"].items()} for row in good]
     ratios = [x["fp32_torchscript"] / x["int8_torchscript"] for x in latencies]
     where = good[0]["environment"]
+    share = min(row["integer"] / row["layers"] for row in good)
+    layers = "all" if share == 1 else f"at least {share:.0%}"
     return (
-        f"Of torchvision's {len(rows)} convolutional classification networks, {len(good)} go through "
-        f"unmodified, with {min(row['integer'] / row['layers'] for row in good):.0%} or more of their "
-        "convolutions and linear layers as integer modules; the INT8 TorchScript file is "
-        f"{statistics.median(ratios):.1f} times as fast as the FP32 one in the median "
-        f"({min(ratios):.1f} to {max(ratios):.1f}; 1 image, 1 thread, random weights, seed 0, "
-        f"{where['cpu']} {'with' if where['vnni'] else 'without'} VNNI, torch {where['torch']}, "
-        f"{where['date']}: `python benchmarks/torchvision_models.py`). "
+        f"Of torchvision's {len(rows)} convolutional classification networks, {len(good)} go "
+        f"through unmodified, with {layers} of their convolutions and linear layers as integer "
+        f"modules; the INT8 TorchScript file is {statistics.median(ratios):.1f} times as fast as "
+        f"the FP32 one in the median ({min(ratios):.1f} to {max(ratios):.1f}; 1 image, 1 thread, "
+        f"random weights, seed 0, {where['cpu']} {'with' if where['vnni'] else 'without'} VNNI, "
+        f"torch {where['torch']}, {where['date']}: `python benchmarks/torchvision_models.py`). "
         "[Network by network](benchmarks/results/torchvision_models.md)."
     )
 

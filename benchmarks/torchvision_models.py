@@ -132,12 +132,13 @@ def table(results: dict[str, Any]) -> str:
         f"qconfig `{QCONFIG}`, random weights, noise of 224 x 224 (Inception 299 x 299), batch "
         f"{BATCH}, seed 0. Steps: of the logits' scale, mean over the logits; the difference of "
         "INT8 and fake-quant beside that of fake-quant and FP32 (random networks amplify every "
-        "rounding; the trained one of the README does not). Latency: 1 image, 1 thread, medians of 20 interleaved "
-        f"rounds, as ratios. {where['cpu']} ({'with' if where['vnni'] else 'without'} VNNI), torch "
-        f"{where['torch']}, {where['date']}, commit {', '.join(commits)}: "
-        "`python benchmarks/torchvision_models.py`. The slow ones are depthwise convolutions of more "
-        "than 100 channels that are no multiple of 8: the engine `x86` takes fbgemm for them, which "
-        "is slow there; oneDNN is not (qconfig `onednn`, on a CPU with VNNI).",
+        "rounding; the trained one of the README does not). Latency: 1 image, 1 thread, medians of "
+        f"20 interleaved rounds, as ratios. {where['cpu']} "
+        f"({'with' if where['vnni'] else 'without'} VNNI), torch {where['torch']}, "
+        f"{where['date']}, commit {', '.join(commits)}: `python benchmarks/torchvision_models.py`. "
+        "The slow ones are depthwise convolutions of more than 100 channels that are no multiple "
+        "of 8: the engine `x86` takes fbgemm for them, which is slow there; oneDNN is not (qconfig "
+        "`onednn`, on a CPU with VNNI).",
         "",
         "| network | integer layers | INT8 - fake-quant | fake-quant - FP32 | FP32 eager / INT8 "
         "| FP32 TorchScript / INT8 | in float |",
