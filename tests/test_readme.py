@@ -26,7 +26,8 @@ def test_the_callback_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_every_choice_in_the_readme_is_a_config_file() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", README, re.M)
+    table = README[README.index("| group | choices |") :].split("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.M)
     groups = {group: re.findall(r"`(\w+)`", choices) for group, choices in rows}
     folders = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
     assert sorted(groups) == folders

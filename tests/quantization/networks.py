@@ -62,6 +62,18 @@ class SmallModule(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9)
 
 
+class BuildsLate(SmallModule):
+    """Builds its network in `configure_model`, as Lightning advises for large ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = SmallNet()
+
+
 def images(count: int = 64, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Random images and the quadrant that is brightest in them."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,5 +1,6 @@
 """QuantizationAwareTraining in somebody else's LightningModule."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ def fitted(tmp_path: Path) -> tuple[SmallModule, QuantizationAwareTraining]:
     module, callback = SmallModule(), QuantizationAwareTraining()
     trainer_with(callback, folder=tmp_path).fit(module, loader(), loader(seed=1))
     return module, callback
+
+
+def agreement(module: SmallModule, callback: QuantizationAwareTraining) -> float:
+    """Share of outputs of INT8 and fake-quant that are less than half a step apart."""
+    x, _ = images(count=256, seed=5)
+    fake_quant: Any = callback.networks["fake_quant"]
+    step = fake_quant.fc.activation_post_process.scale
+    with torch.no_grad():
+        difference = (fake_quant(x) - callback.int8_model(x)).abs() / step
+    return (difference < 0.5).double().mean().item()
 
 
 def fake_quants(net: nn.Module) -> dict[str, Any]:
@@ -244,3 +255,22 @@ def test_a_fused_network_that_computes_something_else_is_an_error(tmp_path: Path
         trainer_with(QuantizationAwareTraining(), folder=tmp_path).fit(
             SmallModule(ReadsWhatIsOverwritten()), loader()
         )
+
+
+def test_an_int8_model_is_not_trained(tmp_path: Path) -> None:
+    module, callback = SmallModule(), QuantizationAwareTraining()
+    trainer_with(callback, folder=tmp_path).fit(module, loader())
+    module.net = callback.int8_model
+    with pytest.raises(ValueError, match="INT8 model, whose integers cannot be trained"):
+        trainer_with(QuantizationAwareTraining(), folder=tmp_path).fit(module, loader())
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_an_int8_model_stays_on_the_cpu(copied: bool, tmp_path: Path) -> None:
+    module, callback = SmallModule(), QuantizationAwareTraining()
+    trainer_with(callback, folder=tmp_path, max_epochs=1).fit(module, loader())
+    model = copy.deepcopy(callback.int8_model) if copied else callback.int8_model
+    assert model.engine == "x86"
+    assert model.cpu() is model
+    with pytest.raises(ValueError, match="cannot go to meta"):
+        nn.Sequential(model).to("meta")

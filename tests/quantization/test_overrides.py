@@ -19,9 +19,8 @@ from lightning_qat.quantization.convert import convert
 from lightning_qat.quantization.prepare import check_same_function, prepare_qat
 from lightning_qat.quantization.qconfig import x86
 from tests.quantization.networks import SmallModule, images, loader
-from tests.quantization.test_callback import trainer_with
+from tests.quantization.test_callback import agreement, trainer_with
 from tests.quantization.test_graph import count
-from tests.quantization.test_in_lightning import agreement
 
 FOUR_BITS = tq.QConfig(
     activation=x86().activation,

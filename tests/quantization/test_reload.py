@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qat import PostTrainingQuantization, QuantizationAwareTraining
-from tests.quantization.networks import SmallModule, SmallNet, images, loader
+from tests.quantization.networks import BuildsLate, SmallModule, SmallNet, images, loader
 from tests.quantization.test_callback import fake_quants, trainer_with
-from tests.quantization.test_in_lightning import BuildsLate
 
 
 def same_batches() -> DataLoader[tuple[Tensor, ...]]:
