@@ -7,7 +7,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_qat.atomic import atomic_path
@@ -22,12 +21,14 @@ def best_weights(trainer: pl.Trainer, target: str) -> dict[str, Tensor] | None:
     None where no ModelCheckpoint monitors anything: then the last weights count.
     """
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+        # not by its class: the package `lightning` has one of its own
+        best = getattr(callback, "best_model_path", "")
+        if getattr(callback, "monitor", None) and best:
             try:
-                checkpoint = trainer.strategy.load_checkpoint(callback.best_model_path, True)
+                checkpoint = trainer.strategy.load_checkpoint(best, True)
             except pickle.UnpicklingError:  # hyper-parameters that are no plain types
                 # this run has written the file itself
-                checkpoint = trainer.strategy.load_checkpoint(callback.best_model_path, False)
+                checkpoint = trainer.strategy.load_checkpoint(best, False)
             return _below(checkpoint["state_dict"], target)
     return None
 

@@ -1,6 +1,5 @@
 """QuantizationAwareTraining in somebody else's LightningModule."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.ao.nn import quantized as nnq
 from torch.ao.nn.intrinsic import quantized as nniq
 
 from lightning_qat import QuantizationAwareTraining
-from tests.quantization.networks import SmallModule, SmallNet, images, loader
+from tests.quantization.networks import SmallModule, images, loader
 
 
 def trainer_with(*callbacks: pl.Callback, folder: Path, **kwargs: Any) -> pl.Trainer:
@@ -208,69 +207,3 @@ def test_parameters_stay_the_same_objects(tmp_path: Path) -> None:
     before = {id(parameter) for parameter in module.parameters()}
     trainer_with(QuantizationAwareTraining(), folder=tmp_path).fit(module, loader())
     assert {id(parameter) for parameter in module.parameters()} == before
-
-
-def test_there_is_no_int8_model_before_fit() -> None:
-    with pytest.raises(RuntimeError, match=r"when `trainer.fit` ends"):
-        _ = QuantizationAwareTraining().int8_model
-
-
-def test_a_missing_target_is_named_with_what_there_is(tmp_path: Path) -> None:
-    callback = QuantizationAwareTraining(target="network")
-    with pytest.raises(ValueError, match=r"target='network'.*It has: net"):
-        trainer_with(callback, folder=tmp_path).fit(SmallModule(), loader())
-
-
-def test_a_target_with_nothing_to_quantise_is_refused(tmp_path: Path) -> None:
-    callback = QuantizationAwareTraining(target="net.stem.2")
-    with pytest.raises(ValueError, match="no layer with an integer kernel"):
-        trainer_with(callback, folder=tmp_path).fit(SmallModule(), loader())
-
-
-class Branching(SmallNet):
-    """Its forward depends on the values in its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x if x.sum() > 0 else -x)
-
-
-def test_an_untraceable_network_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot trace Branching.*`target`"):
-        trainer_with(QuantizationAwareTraining(), folder=tmp_path).fit(
-            SmallModule(Branching()), loader()
-        )
-
-
-class ReadsWhatIsOverwritten(SmallNet):
-    """Changes a tensor in place that it reads later: fusing cannot keep that."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem[1](self.stem[0](x))
-        y = torch.relu_(x)
-        return self.fc((x + y).mean((2, 3)))
-
-
-def test_a_fused_network_that_computes_something_else_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="does not compute what ReadsWhatIsOverwritten"):
-        trainer_with(QuantizationAwareTraining(), folder=tmp_path).fit(
-            SmallModule(ReadsWhatIsOverwritten()), loader()
-        )
-
-
-def test_an_int8_model_is_not_trained(tmp_path: Path) -> None:
-    module, callback = SmallModule(), QuantizationAwareTraining()
-    trainer_with(callback, folder=tmp_path).fit(module, loader())
-    module.net = callback.int8_model
-    with pytest.raises(ValueError, match="INT8 model, whose integers cannot be trained"):
-        trainer_with(QuantizationAwareTraining(), folder=tmp_path).fit(module, loader())
-
-
-@pytest.mark.parametrize("copied", [False, True])
-def test_an_int8_model_stays_on_the_cpu(copied: bool, tmp_path: Path) -> None:
-    module, callback = SmallModule(), QuantizationAwareTraining()
-    trainer_with(callback, folder=tmp_path, max_epochs=1).fit(module, loader())
-    model = copy.deepcopy(callback.int8_model) if copied else callback.int8_model
-    assert model.engine == "x86"
-    assert model.cpu() is model
-    with pytest.raises(ValueError, match="cannot go to meta"):
-        nn.Sequential(model).to("meta")

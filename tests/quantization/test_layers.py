@@ -12,12 +12,9 @@ from torch.ao import quantization as tq
 from torch.ao.nn import quantized as nnq
 from torch.nn.utils.parametrizations import weight_norm
 
+from lightning_qat.quantization.check import check_same_function
 from lightning_qat.quantization.convert import convert
-from lightning_qat.quantization.prepare import (
-    FakeQuantisedNetwork,
-    check_same_function,
-    prepare_qat,
-)
+from lightning_qat.quantization.prepare import FakeQuantisedNetwork, prepare_qat
 from lightning_qat.quantization.qconfig import QCONFIGS
 from tests.quantization.test_graph import count
 

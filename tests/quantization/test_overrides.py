@@ -15,10 +15,11 @@ from torch.ao.nn.intrinsic import qat as nniqat
 from torch.ao.nn.intrinsic import quantized as nniq
 
 from lightning_qat import QuantizationAwareTraining
+from lightning_qat.quantization.check import check_same_function
 from lightning_qat.quantization.convert import convert
-from lightning_qat.quantization.prepare import check_same_function, prepare_qat
+from lightning_qat.quantization.prepare import prepare_qat
 from lightning_qat.quantization.qconfig import x86
-from tests.quantization.networks import SmallModule, images, loader
+from tests.quantization.networks import Block, SmallModule, images, loader
 from tests.quantization.test_callback import agreement, trainer_with
 from tests.quantization.test_graph import count
 
@@ -48,6 +49,7 @@ def fit(folder: Path, **settings: Any) -> tuple[SmallModule, QuantizationAwareTr
         ("block", ["block.conv1", "block.conv2"], nn.Sequential),
         ("block.conv2", ["block.conv2"], nn.Sequential),
         (nn.Linear, ["fc"], nn.Linear),
+        (Block, ["block.conv1", "block.conv2"], nn.Sequential),
         (nn.Conv2d, ["stem.0", "block.conv1", "block.conv2"], nn.Sequential),
     ],
 )
@@ -96,6 +98,8 @@ def test_the_longest_name_wins_and_names_win_over_types(tmp_path: Path) -> None:
         ({nn.Conv3d: None}, "no layer <class 'torch.nn.modules.conv.Conv3d'>"),
         ({"fc": "x87"}, "qconfig='x87' is unknown"),
         ({"fc": "qnnpack"}, "'fc' is for the engine 'qnnpack'"),
+        ({nn.BatchNorm2d: None}, "BatchNorm2d'> changes nothing"),
+        ({"block.relu": None}, "'block.relu' changes nothing"),
         ({7: None}, "7 is neither the name of a layer nor a type"),
         (["fc"], "set it to a mapping"),
         ({"": None}, "no layer ''"),

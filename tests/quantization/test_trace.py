@@ -12,8 +12,9 @@ from torch.ao.nn import quantized as nnq
 from torchvision.ops import StochasticDepth
 
 from lightning_qat import UserError
+from lightning_qat.quantization.check import check_same_function
 from lightning_qat.quantization.convert import convert
-from lightning_qat.quantization.prepare import check_same_function, prepare_qat
+from lightning_qat.quantization.prepare import prepare_qat
 from lightning_qat.quantization.qconfig import x86
 from tests.quantization.test_graph import converted, count
 

@@ -7,18 +7,26 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import WeightAveraging
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
 from torch.ao import quantization as tq
 
 from lightning_qat.checkpoint import best_weights, read_checkpoint
 from lightning_qat.errors import UserError
+from lightning_qat.quantization.check import (
+    batch_norm_weights,
+    check_same_function,
+    copies_to_compare,
+    unobserved,
+)
 from lightning_qat.quantization.compatibility import (
     average_integers_as_integers,
+    is_a,
+    refuse_overlap,
     refuse_what_cannot_work,
 )
 from lightning_qat.quantization.convert import Int8Model, convert, is_converted
-from lightning_qat.quantization.prepare import check_same_function, is_prepared, prepare_qat
+from lightning_qat.quantization.prepare import is_prepared, prepare_qat
 from lightning_qat.quantization.qconfig import describe, resolve_overrides, resolve_qconfig
 
 
@@ -43,7 +51,7 @@ class QuantizationCallback(pl.Callback):
 
     Attributes:
         in_float: what has stayed in float in a prepared ``target``, by name, and why.
-        networks: after ``fit``, ``target`` as ``"fp32"`` (as it was before), ``"fake_quant"``
+        networks: after a ``fit`` that started from floats, ``target`` as ``"fp32"`` (as it was before), ``"fake_quant"``
             (trained) and ``"int8"`` (converted): modules on the CPU, in eval mode.
 
     Raises:
@@ -67,6 +75,7 @@ class QuantizationCallback(pl.Callback):
         self.networks: dict[str, nn.Module] = {}
         self._scheme = {"qconfig": describe(self.qconfig), "overrides": describe(self.overrides)}
         self._to_check: tuple[nn.Module, nn.Module] | None = None
+        self._all_observed = False
 
     @property
     def int8_model(self) -> Int8Model:
@@ -91,9 +100,8 @@ class QuantizationCallback(pl.Callback):
         """
         hint = "name a checkpoint that a fit with this callback has written."
         weights = read_checkpoint(ckpt_path, hint).get("state_dict", {})
-        quantised = [self._is_below(name) for name in weights if "fake_quant" in name]
-        two_callbacks = not all(quantised)
-        if not any(quantised):
+        quantised = [name for name in weights if "fake_quant" in name]
+        if not any(map(self._is_below, quantised)):
             raise UserError(f"{ckpt_path} holds no fake-quantised {self.target!r}: {hint}")
         if not self._has_target(pl_module):
             pl_module.configure_model()
@@ -104,7 +112,12 @@ class QuantizationCallback(pl.Callback):
         except RuntimeError as error:
             raise UserError(f"{other}: {str(error)[:300]}") from error
         # the targets of other callbacks may be float still: they get their turn
-        wrong = [name for name in missing + unexpected if self._is_below(name) or not two_callbacks]
+        others = {name.partition(".")[0] for name in quantised if not self._is_below(name)}
+        wrong = [
+            name
+            for name in missing + unexpected
+            if self._is_below(name) or name.partition(".")[0] not in others
+        ]
         if wrong:
             raise UserError(f"{other}: they differ in {', '.join(wrong[:5])}.")
         self._network(pl_module).apply(tq.disable_observer)
@@ -123,11 +136,10 @@ class QuantizationCallback(pl.Callback):
         """
         if stage != "fit":
             return
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        refuse_what_cannot_work(self, callbacks)
-        for other in callbacks:
+        refuse_what_cannot_work(self, trainer)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, QuantizationCallback) and other is not self:
-                self._refuse_overlap(other.target)
+                refuse_overlap(self.target, other.target)
         if self._has_target(pl_module):
             self._prepare(pl_module)
             return
@@ -141,32 +153,62 @@ class QuantizationCallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Before the sanity check: it validates."""
+        self._all_observed = False
         self._network(pl_module).apply(tq.disable_observer)
         self._check_at_first_forward(self._network(pl_module))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAveraging):
+            if is_a(callback, "WeightAveraging"):
                 average_integers_as_integers(callback)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Neither validation nor a later ``test`` may move a scale."""
-        self._network(pl_module).apply(tq.disable_observer)
+        """Neither validation nor a later ``test`` may move a scale.
+
+        Raises:
+            UserError: the first step has shown nothing to some observer.
+        """
+        net = self._network(pl_module).apply(tq.disable_observer)
+        if not self._all_observed:
+            if blind := unobserved(net):
+                raise UserError(
+                    f"the training step has run without the observers of {blind[0]!r} ({len(blind)}"
+                    " in all), so its scale is unknown. Either freeze_observer_epoch has come "
+                    "before they saw anything: raise it; or training_step does not use "
+                    f"{self.target!r} itself but holds its layers by another name: use that one."
+                )
+            self._all_observed = True
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Every process validates the same network."""
         self._take_statistics_of_rank_0(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """While the processes can still talk to each other."""
+        """While the processes can still talk."""
         self._take_statistics_of_rank_0(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Convert a copy; ``target`` itself stays the trained, fake-quantised network."""
         fake_quantised = copy.deepcopy(self._network(pl_module))
-        if (weights := best_weights(trainer, self.target)) is not None:
+        if unobserved(fake_quantised):
+            rank_zero_warn("no training step has run, so there is nothing to convert to INT8.")
+            return
+        weights = best_weights(trainer, self.target)
+        if weights is not None and not any("fake_quant" in name for name in weights):
+            rank_zero_warn(
+                "the best checkpoint is of the float network, from an earlier fit with the same "
+                "ModelCheckpoint: the last weights are converted instead. Give each fit its own."
+            )
+        elif weights is not None:
             fake_quantised.load_state_dict(weights)
         self._convert(fake_quantised)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """A later ``test`` may not move a scale either."""
+        if self._has_target(pl_module):
+            self._network(pl_module).apply(tq.disable_observer)
 
     def _convert(self, fake_quantised: nn.Module) -> None:
         fake_quantised.cpu().eval().apply(tq.disable_observer)
@@ -201,6 +243,7 @@ class QuantizationCallback(pl.Callback):
                     f"callback has {self._scheme}: train on with the same, or start from a float "
                     "network."
                 )
+            self.in_float = net.in_float  # type: ignore[assignment]
             return
         try:
             float_net = copy.deepcopy(net).eval()
@@ -210,23 +253,16 @@ class QuantizationCallback(pl.Callback):
                 "that, as of torch.nn.utils.weight_norm and prune: make them permanent "
                 "(remove_weight_norm, prune.remove) or use torch.nn.utils.parametrizations."
             ) from error
+        batch_norms = batch_norm_weights(net)
         prepared = prepare_qat(
             net, self.qconfig, self.engine, self.overrides, self.fuse, self._scheme
         )
         self.in_float = prepared.in_float
-        # a copy: by the time of the first forward, weights may have been restored
-        self._to_check = (float_net, copy.deepcopy(prepared))
+        # copies: by the time of the first forward, weights may have been restored
+        self._to_check = copies_to_compare(float_net, prepared, batch_norms)
         parent, _, name = self.target.rpartition(".")
         setattr(pl_module.get_submodule(parent), name, prepared)
         self.networks["fp32"] = float_net.cpu()
-
-    def _refuse_overlap(self, other: str) -> None:
-        first, second = sorted((self.target, other), key=len)
-        if first == second or second.startswith(f"{first}."):
-            raise UserError(
-                f"two callbacks would quantise {second!r} (targets {first!r} and {second!r}): keep "
-                "one of them, or give them targets that do not overlap."
-            )
 
     def _is_below(self, name: str) -> bool:
         return name.startswith(f"{self.target}.")

@@ -4,12 +4,6 @@ import functools
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import (
-    BatchSizeFinder,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
 from torch import nn
 from torch.ao import quantization as tq
 from torch.optim.swa_utils import AveragedModel
@@ -17,20 +11,31 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_qat.errors import UserError
 
 
-def refuse_what_cannot_work(ours: pl.Callback, callbacks: list[pl.Callback]) -> None:
-    """Check the other callbacks of a trainer.
+def is_a(callback: Any, name: str) -> bool:
+    """Whether ``callback`` is Lightning's callback ``name``, of whichever of its two packages."""
+    return any(base.__name__ == name for base in type(callback).__mro__)
+
+
+def refuse_what_cannot_work(ours: pl.Callback, trainer: pl.Trainer) -> None:
+    """Check the precision and the other callbacks of a trainer.
 
     Raises:
         UserError: one of them cannot work beside ``ours``, or not in this order.
     """
+    if trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
+        raise UserError(
+            f"precision={trainer.precision!r}: scales and fake-quantisers are float32. Use "
+            "'32-true' or 'bf16-mixed'."
+        )
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for index, other in enumerate(callbacks):
         name = type(other).__name__
-        if isinstance(other, LearningRateFinder | BatchSizeFinder):
+        if is_a(other, "LearningRateFinder") or is_a(other, "BatchSizeFinder"):
             raise UserError(
                 f"{name} runs training steps of its own without callbacks, so no scale would ever "
                 "be observed: find the value on the float network, without this callback."
             )
-        averages = isinstance(other, WeightAveraging | StochasticWeightAveraging)
+        averages = is_a(other, "WeightAveraging") or is_a(other, "StochasticWeightAveraging")
         if averages and index < callbacks.index(ours):
             raise UserError(
                 f"{name} copies the network before it is fake-quantised: put "
@@ -38,7 +43,21 @@ def refuse_what_cannot_work(ours: pl.Callback, callbacks: list[pl.Callback]) -> 
             )
 
 
-def average_integers_as_integers(callback: WeightAveraging) -> None:
+def refuse_overlap(target: str, other: str) -> None:
+    """Check that two callbacks quantise different networks.
+
+    Raises:
+        UserError: one target is the other, or a part of it.
+    """
+    first, second = sorted((target, other), key=len)
+    if first == second or second.startswith(f"{first}."):
+        raise UserError(
+            f"two callbacks would quantise {second!r} (targets {first!r} and {second!r}): keep one "
+            "of them, or give them targets that do not overlap."
+        )
+
+
+def average_integers_as_integers(callback: Any) -> None:
     """Keep Lightning's weight averaging away from zero points and switches.
 
     As an integer, an average of 64 and 64 that is 63.99 becomes 63, one less every step. A zero

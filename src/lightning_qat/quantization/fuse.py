@@ -60,8 +60,11 @@ _FUSABLE: set[tuple[type[nn.Module], ...]] = {
     *FUSED_TRANSPOSED,
 }
 
+_IN_PLACE = {operator.iadd, operator.imul, operator.isub, operator.itruediv}
+_VIEWS = {operator.getitem, "view", "transpose", "permute", "flatten", "narrow", "select"}
+
 _SHAPE_METHODS = {"size", "dim", "numel"}
-_SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
+_SHAPE_ATTRIBUTES = {"shape", "ndim", "device"}
 
 
 def fuse(
@@ -83,6 +86,7 @@ def fuse(
         UserError: ``chains`` names something that is not there or cannot be fused.
     """
     graph_module.train()  # fuse_modules_qat wants it
+    _read_what_was_written(graph_module)
     _functions_to_modules(graph_module)
     _one_module_per_use(graph_module)
     _arithmetic_to_float_functional(graph_module)
@@ -117,6 +121,16 @@ def shape_nodes(graph: fx.Graph) -> set[fx.Node]:
     return shapes
 
 
+def _constant_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Parameters, buffers, and what is computed of them alone."""
+    constants: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "get_attr" or (inputs and all(source in constants for source in inputs)):
+            constants.add(node)
+    return constants
+
+
 def float_functional_of(graph_module: fx.GraphModule, node: fx.Node) -> Any:
     """The FloatFunctional that ``node`` fetches or calls, if any."""
     if node.op == "call_method" and isinstance(node.args[0], fx.Node):
@@ -145,13 +159,47 @@ def _new_submodule(graph_module: fx.GraphModule, node: fx.Node, module: nn.Modul
     return name
 
 
+def _read_what_was_written(graph_module: fx.GraphModule) -> None:
+    """Who reads a tensor after it was changed in place gets the result of the change.
+
+    Integers are dequantised into a copy: a change of that would not reach other readers.
+
+    Raises:
+        UserError: a part of a tensor is changed in place.
+    """
+    before: set[fx.Node] = set()
+    for node in graph_module.graph.nodes:
+        before.add(node)
+        if not _is_in_place(graph_module, node) or not isinstance(node.args[0], fx.Node):
+            continue
+        changed = node.args[0]
+        if not node.users and changed.target in _VIEWS:
+            raise UserError(
+                f"{node.name} changes a part of a tensor in place ({changed.name}), which the "
+                "INT8 model would not see: compute a new tensor instead."
+            )
+        changed.replace_all_uses_with(node, lambda user: user not in before)
+
+
+def _is_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    if not node.args or not node.op.startswith("call"):
+        return False
+    if node.op == "call_module":
+        return bool(getattr(graph_module.get_submodule(str(node.target)), "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    is_method = name.endswith("_") and not name.endswith("__")
+    return is_method or bool(node.kwargs.get("inplace")) or node.target in _IN_PLACE
+
+
 def _functions_to_modules(graph_module: fx.GraphModule) -> None:
     graph = graph_module.graph
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method"):
             continue
+        if node.target == "view" and not any(isinstance(x, torch.dtype) for x in node.args):
+            node.target = "reshape"  # integer convolutions give channels-last tensors
         kwargs = dict(node.kwargs)
-        source, *settings = node.args or (kwargs.pop("input"),)
+        source, *settings = node.args or (kwargs.pop("input", None),)
         if node.meta.get("dropout_in_training"):
             # after the probability, which the module has as well, comes the flag
             module: nn.Module = _DROPOUTS[node.target](*settings[:1], **_only(kwargs, "p"))
@@ -184,7 +232,7 @@ def _one_module_per_use(graph_module: fx.GraphModule) -> None:
 
 def _arithmetic_to_float_functional(graph_module: fx.GraphModule) -> None:
     graph = graph_module.graph
-    shapes = shape_nodes(graph)
+    shapes, constants = shape_nodes(graph), _constant_nodes(graph)
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method") or node in shapes:
             continue
@@ -193,7 +241,7 @@ def _arithmetic_to_float_functional(graph_module: fx.GraphModule) -> None:
             len(node.args) == 2
             and not node.kwargs
             and all(isinstance(x, fx.Node) and x not in shapes for x in node.args)
-            and all(x.op != "get_attr" for x in node.all_input_nodes)
+            and not constants & set(node.all_input_nodes)
         )
         last = node
         kwargs = {"dim" if name == "axis" else name: x for name, x in node.kwargs.items()}
@@ -261,7 +309,7 @@ def _divides_by_zero(modules: list[Any]) -> bool:
 
 def _chain(node: fx.Node, length: int) -> list[fx.Node]:
     """Up to ``length`` module calls from ``node`` on, each the only user of the one before."""
-    links = [node] if node.op == "call_module" else []
+    links = [node] if node.op == "call_module" and len(node.args) + len(node.kwargs) == 1 else []
     while links and len(links) < length and len(links[-1].users) == 1:
         (user,) = links[-1].users
         if user.op != "call_module":

@@ -44,6 +44,15 @@ INTEGER_FUNCTIONS: set[type[nn.Module]] = {
 # These clip; on integers they can follow the rounding as well as precede it.
 CLAMPS: set[type[nn.Module]] = {nn.ReLU, nn.ReLU6, nn.Hardtanh}
 
+# These give several tensors.
+GIVE_TUPLES: set[Any] = {torch.chunk, torch.split, torch.unbind, "chunk", "split", "unbind"}
+
+# Layers as functions: what they compute stays in float.
+LAYER_FUNCTIONS = {
+    F.linear, F.conv1d, F.conv2d, F.conv3d,
+    F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+}  # fmt: skip
+
 # These take integers to integers of the same scale. Average pools do not belong here: their integer
 # kernel rounds the mean to the input's scale, a rounding that no fake-quantiser has trained with.
 _SAME_SCALE: set[Any] = {
@@ -67,6 +76,8 @@ def keeps_scale(node: fx.Node, module: Any) -> bool:
         return bool(settings.get("mode", "nearest") == "nearest") and len(node.args) <= 3
     if node.target is F.pad:  # zero is an integer of every scale
         return not any(settings.get(name) for name in ("mode", "value")) and len(node.args) <= 2
+    if node.target in GIVE_TUPLES:
+        return all(user.target is operator.getitem for user in node.users)
     return not settings.get("return_indices", False)
 
 
@@ -84,6 +95,7 @@ def is_off_in_evaluation(module: Any) -> bool:
     probe = torch.linspace(-1000, 1000, 120).reshape(2, 3, 4, 5)
     was_training = module.training
     try:
+        fx.Tracer().trace(module.eval())  # noise is off in evaluation whatever comes in
         return bool(torch.equal(module.eval()(probe.clone()), probe))  # it may work in place
     except Exception:  # whatever a forward raises that wants something else
         return False
@@ -103,7 +115,8 @@ def limitation(module: Any, engine: str) -> str | None:
     if transposed and (module.groups > 1 or module.in_channels != module.out_channels):
         return f"{engine}'s kernel is wrong with groups, or unlike numbers of channels"
     if isinstance(module, nn.modules.conv._ConvNd):
-        if module.padding_mode not in ("zeros", "reflect"):
+        kernels = ("zeros",) if isinstance(module, nn.Conv3d) else ("zeros", "reflect")
+        if module.padding_mode not in kernels:
             return f"padding_mode={module.padding_mode!r}"
         if isinstance(module.padding, str):
             return f"padding={module.padding!r} with an even kernel"

@@ -1,6 +1,5 @@
 """From a float network to one that fake-quantises itself."""
 
-import copy
 import difflib
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,6 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, fx, nn
 from torch.ao import quantization as tq
 from torch.ao.nn.intrinsic import _FusedModule
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_qat.errors import UserError
 from lightning_qat.quantization.fuse import fuse
@@ -79,6 +77,7 @@ def prepare_qat(
     """
     overrides = overrides or {}
     _check_overrides(net, overrides)
+    types = {name: type(module) for name, module in net.named_modules()}
     modes = {name: module.training for name, module in net.named_modules()}
     fuse_model: Any = getattr(net, "fuse_model", None)
     if chains is None and callable(fuse_model):
@@ -90,15 +89,25 @@ def prepare_qat(
     graph_module = trace(net)
     fused = fuse(graph_module, engine, chains)
 
+    used: set[Any] = set()
+
     def qconfig_of(name: str, module: nn.Module) -> tq.QConfig | None:
-        for length in range(name.count(".") + 1, 0, -1):
-            prefix = ".".join(name.split(".")[:length])
-            if prefix in overrides:
-                return overrides[prefix]
+        parts = name.split(".")
+        around = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
         layer = module[0] if isinstance(module, _FusedModule) else module
-        return overrides.get(type(layer), qconfig)
+        keys: list[Any] = [*around, type(layer), *(types.get(prefix) for prefix in around)]
+        for key in keys:
+            if key in overrides:
+                used.add(key)
+                return overrides[key]
+        return qconfig
 
     in_float = mark_integer_regions(graph_module, qconfig_of, engine)
+    if idle := [key for key in overrides if key not in used]:
+        raise UserError(
+            f"overrides: {idle[0]!r} changes nothing. What is fused with a layer (batch-norm, "
+            "ReLU) goes with it: name the layer. What has no integer kernel is in float anyway."
+        )
     if not any(getattr(module, "qconfig", None) for module in graph_module.modules()):
         raise UserError(
             f"{type(net).__name__} holds no layer with an integer kernel (convolution or linear) "
@@ -163,54 +172,3 @@ def _restore_modes(prepared: nn.Module, modes: dict[str, bool], fused: list[list
         bn = getattr(prepared.get_submodule(first), "bn", None)
         if bn is not None:
             bn.training = modes.get(second, modes[""])
-
-
-@torch.no_grad()
-def check_same_function(
-    float_net: nn.Module, prepared: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """Check on eight inputs that fusing has changed nothing: fake-quantisers off, eval mode.
-
-    Args:
-        float_net: the network as it was.
-        prepared: what ``prepare_qat`` made of it, with the same weights.
-        args, kwargs: inputs of ``forward``; tensors have the batch first.
-
-    Raises:
-        UserError: an optional argument is given that was left out when the network was traced, or
-            the other way round.
-        RuntimeError: an output differs by more than float32 rounding explains.
-    """
-
-    def few(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            value = value[:8].cpu() if value.dim() else value.cpu()
-            return value.float() if value.is_floating_point() else value
-        return value
-
-    def outputs(net: nn.Module) -> list[Tensor]:
-        net = copy.deepcopy(net).cpu().float().eval()
-        net.apply(tq.disable_observer)
-        net.apply(tq.disable_fake_quant)
-        return [x for x in tree_leaves(net(*few_args, **few_kwargs)) if isinstance(x, Tensor)]
-
-    few_args, few_kwargs = tree_map(few, (args, kwargs))
-    with torch.autocast("cpu", enabled=False):
-        expected = outputs(float_net)
-        try:
-            found = outputs(prepared)
-        except Exception as error:  # what a graph raises that lacks an input, or has one too many
-            raise UserError(
-                f"{type(float_net).__name__} is called with other optional arguments than it was "
-                f"traced for: {type(error).__name__}: {error}. Wrap it in a module whose forward "
-                "takes just the tensors that your training step passes."
-            ) from error
-        for before, after in zip(expected, found, strict=True):
-            difference = (before - after).abs().max().item()
-            # not `>`: a NaN must fail as well
-            if not difference <= 1e-3 * max(1.0, before.abs().max().item()):
-                raise RuntimeError(
-                    f"the fused network does not compute what {type(float_net).__name__} computed: "
-                    f"outputs differ by {difference:.2g}. A tensor changed in place after another "
-                    "layer has read it, or a module with state called twice, does that."
-                )

@@ -33,20 +33,26 @@ class PostTrainingQuantization(QuantizationCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Manual optimisation, in which nobody optimises."""
-        self._automatic_optimization = pl_module.automatic_optimization
+        self._modes = {module: module.training for module in pl_module.modules()}
         pl_module.automatic_optimization = False
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the module as it came."""
         super().on_train_end(trainer, pl_module)
-        pl_module.automatic_optimization = self._automatic_optimization
+        self._leave(pl_module)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Leave the module as it came."""
-        if hasattr(self, "_automatic_optimization"):  # it had started
-            pl_module.automatic_optimization = self._automatic_optimization
+        super().on_exception(trainer, pl_module, exception)
+        if hasattr(self, "_modes"):  # it had started
+            self._leave(pl_module)
+
+    def _leave(self, pl_module: pl.LightningModule) -> None:
+        pl_module.automatic_optimization = True
+        for module, was_training in self._modes.items():
+            module.training = was_training
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any

@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.ao import quantization as tq
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qat.quantization.fuse import float_functional_of, is_called_once, shape_nodes
 from lightning_qat.quantization.kernels import (
     CLAMPS,
     INTEGER_FUNCTIONS,
+    LAYER_FUNCTIONS,
     QAT_LAYERS,
     keeps_scale,
     limitation,
@@ -56,7 +59,7 @@ class _Marking:
             for source in sources:
                 if bool(self.qconfigs[source]) != bool(wanted):
                     node.replace_input_with(source, self._stub_after(source, wanted))
-            if wanted and type(module) in CLAMPS and sources[0] in self.rounds:
+            if wanted and type(module) in CLAMPS and self._is_alone_behind(sources[0]):
                 self._round_after(node, wanted)
         self.graph.lint()
         graph_module.recompile()
@@ -74,6 +77,10 @@ class _Marking:
             if not is_layer and not any(incoming):
                 return None
             reason = None if functional else limitation(module, self.engine)
+            if is_layer and len(node.args) + len(node.kwargs) > 1:
+                reason = "called with more than its input"
+            if isinstance(module, _BatchNorm) and not is_called_once(self.graph, name):
+                reason = "called more than once"
             qconfig = None if reason else self.qconfig_of(name, module)
             if qconfig is None:
                 self.in_float[name] = reason or "kept in float by `overrides`"
@@ -85,16 +92,23 @@ class _Marking:
         if incoming and all(incoming):
             if type(module) in CLAMPS and self._is_alone_behind(sources[0]):
                 return incoming[0]
-            if keeps_scale(node, module):
+            if keeps_scale(node, module) and not self._may_upsample_signals(node, module):
                 return incoming[0]
         makes_a_tuple = isinstance(node.target, type)  # GoogLeNetOutputs, say
-        if (any(incoming) and node.op.startswith("call") and not makes_a_tuple) or (
+        if node.target in LAYER_FUNCTIONS:
+            self.in_float[name] = "a layer as a function"
+        elif (any(incoming) and node.op.startswith("call") and not makes_a_tuple) or (
             node.op == "call_module"
             and not keeps_scale(node, module)
             and type(module) not in CLAMPS
         ):
             self.in_float[name] = "no exact integer kernel"
         return None
+
+    def _may_upsample_signals(self, node: fx.Node, module: Any) -> bool:
+        """There is no integer kernel for tensors of three dimensions."""
+        upsamples = isinstance(module, nn.Upsample) or node.target is F.interpolate
+        return upsamples and any(isinstance(x, nn.Conv1d) for x in self.graph_module.modules())
 
     def _is_alone_behind(self, source: fx.Node) -> bool:
         """Whether a clamp may go before the rounding of ``source``: nothing else reads that."""
@@ -124,7 +138,12 @@ class _Marking:
             stub: Any = tq.QuantStub() if qconfig else tq.DeQuantStub()
             stub.qconfig = qconfig or self.qconfigs[source]  # without one it is not converted
             name = f"{'quant' if qconfig else 'dequant'}_{source.name}"
-            self.stubs[key] = self._insert_after(source, name, stub)
+            if qconfig and source.op != "call_module":  # it may be a mask
+                with self.graph.inserting_after(source):
+                    numbers = self.graph.call_method("float", (source,))
+                self.stubs[key] = self._insert_after(numbers, name, stub)
+            else:
+                self.stubs[key] = self._insert_after(source, name, stub)
         return self.stubs[key]
 
     def _insert_after(self, source: fx.Node, name: str, module: nn.Module) -> fx.Node:

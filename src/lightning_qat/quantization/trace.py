@@ -50,6 +50,12 @@ def trace(net: nn.Module) -> fx.GraphModule:
             "or the number of its tensors."
         ) from errors[-1]
     graph = max(graphs, key=_count_layers)  # of equals the first: with arguments left out
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for placeholder, name in zip(
+        placeholders, inspect.signature(net.forward).parameters, strict=False
+    ):
+        if str(placeholder.target) == f"{name}_{str(placeholder.target).rpartition('_')[2]}":
+            placeholder.target = name  # torch.fx numbers the arguments that have kept a default
     if any(node.target == BY_MODE for node in graph.nodes):
         net.add_module(BY_MODE, OutputByMode())
     return fx.GraphModule(net, graph, type(net).__name__)
@@ -104,7 +110,7 @@ def _trace_both_modes(net: nn.Module, concrete_args: dict[str, Any]) -> fx.Graph
                     chosen = training.call_module(BY_MODE, (output.args[0], args[0]))
                 output.args, output.type = (chosen,), None  # an annotation holds for one mode
             break
-        twin = next((x for x in unmatched if _is_twin(x, node, args, kwargs)), None)
+        twin = next((x for x in unmatched if _is_twin(net, x, node, args, kwargs)), None)
         if twin is not None:
             unmatched.remove(twin)
         elif node.op == "call_module" and list(net.get_submodule(node.target).parameters()):
@@ -120,7 +126,10 @@ def _trace_both_modes(net: nn.Module, concrete_args: dict[str, Any]) -> fx.Graph
     return training
 
 
-def _is_twin(twin: fx.Node, node: fx.Node, args: Any, kwargs: Any) -> bool:
+def _is_twin(net: Any, twin: fx.Node, node: fx.Node, args: Any, kwargs: Any) -> bool:
+    if twin.op == node.op == "get_attr" and "_tensor_constant" in str(node.target):
+        a, b = (getattr(x.graph.owning_module or net, str(x.target)) for x in (twin, node))
+        return torch.equal(a, b)
     if (twin.op, twin.target) != (node.op, node.target):
         return False
     if str((twin.args, twin.kwargs)) == str((args, kwargs)):
