@@ -51,8 +51,9 @@ class QuantizationCallback(pl.Callback):
 
     Attributes:
         in_float: what has stayed in float in a prepared ``target``, by name, and why.
-        networks: after a ``fit`` that started from floats, ``target`` as ``"fp32"`` (as it was before), ``"fake_quant"``
-            (trained) and ``"int8"`` (converted): modules on the CPU, in eval mode.
+        networks: after ``fit``, ``target`` as ``"fp32"`` (as it was before; not where it came
+            fake-quantised), ``"fake_quant"`` (trained) and ``"int8"`` (converted): modules on the
+            CPU, in eval mode.
 
     Raises:
         UserError: a qconfig that cannot be used here. It is a ValueError.
