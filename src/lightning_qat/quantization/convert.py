@@ -13,7 +13,7 @@ from torch.ao.nn.quantized import FloatFunctional
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from lightning_qat.errors import UserError
-from lightning_qat.quantization.fuse import float_functional_of
+from lightning_qat.quantization.functions import float_functional_of
 from lightning_qat.quantization.kernels import INTEGER_LAYERS, is_off_in_evaluation
 from lightning_qat.quantization.trace import BY_MODE
 from lightning_qat.quantization.transposed import FakeQuantConvTranspose

@@ -12,6 +12,7 @@ from torch.ao import quantization as tq
 from torch.ao.nn.intrinsic import _FusedModule
 
 from lightning_qat.errors import UserError
+from lightning_qat.quantization.functions import functions_to_modules
 from lightning_qat.quantization.fuse import fuse
 from lightning_qat.quantization.kernels import QAT_LAYERS, number_the_padding
 from lightning_qat.quantization.regions import mark_integer_regions
@@ -87,6 +88,7 @@ def prepare_qat(
         if isinstance(module, nn.modules.conv._ConvNd):
             number_the_padding(module)
     graph_module = trace(net)
+    functions_to_modules(graph_module)
     fused = fuse(graph_module, engine, chains)
 
     used: set[Any] = set()

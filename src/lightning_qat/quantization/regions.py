@@ -8,7 +8,8 @@ from torch import fx, nn
 from torch.ao import quantization as tq
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_qat.quantization.fuse import float_functional_of, is_called_once, shape_nodes
+from lightning_qat.quantization.functions import float_functional_of, shape_nodes
+from lightning_qat.quantization.fuse import is_called_once
 from lightning_qat.quantization.kernels import (
     CLAMPS,
     INTEGER_FUNCTIONS,
