@@ -74,3 +74,13 @@ def test_ones_own_folder_of_images_goes_all_the_way(train: Train, tmp_path: Path
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["test_images"] == 15
     assert torch.jit.load(folder / "model_int8.ts")(torch.rand(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_layers_are_kept_in_float_by_name(train: Train, road: Road) -> None:
+    settings = ["stage=qat", "data=digits", *QUICK, f"fp32_ckpt={road.fp32_ckpt}"]
+    status, printed = train(*settings, "overrides={fc:null,layer4.1.conv2:null}")
+    assert status == 0, printed
+    assert "kept in float by `overrides`: layer4.1.conv2, fc" in printed
+    status, printed = train(*settings, "overrides={fd:null}")
+    assert status == 2
+    assert "no layer 'fd'" in printed
