@@ -40,9 +40,11 @@ def test_a_qconfig_of_torchs_own_works_too(tmp_path: Path) -> None:
 
 
 def test_a_qconfig_with_histograms_works_too(tmp_path: Path) -> None:
-    histogram = tq.FakeQuantize.with_args(observer=tq.HistogramObserver, dtype=torch.quint8)
+    histogram = tq.FakeQuantize.with_args(
+        observer=tq.HistogramObserver, quant_min=0, quant_max=127, dtype=torch.quint8
+    )
     weight = tq.default_per_channel_weight_fake_quant
-    callback = QuantizationAwareTraining(tq.QConfig(histogram, weight), allow_saturation=True)
+    callback = QuantizationAwareTraining(tq.QConfig(histogram, weight))
     module = SmallModule()
     trainer_with(callback, folder=tmp_path).fit(module, loader())
     x, _ = images(count=256, seed=2)
