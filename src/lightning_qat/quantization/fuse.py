@@ -48,14 +48,17 @@ def fuse(
         UserError: ``chains`` names something that is not there or cannot be fused.
     """
     graph_module.train()  # fuse_modules_qat wants it
-    found = [list(chain) for chain in chains or ()]
     if chains is None:
         found = _fusable_chains(graph_module, engine)
+    else:
+        found = [list(chain) for chain in chains]
     try:
         if found:
             mapping = {"additional_fuser_method_mapping": FUSED_TRANSPOSED}
             tq.fuse_modules_qat(graph_module, found, inplace=True, fuse_custom_config_dict=mapping)
     except (AttributeError, NotImplementedError, AssertionError) as error:
+        if chains is None:
+            raise  # a fault of ours
         raise UserError(
             f"fuse={found}: {error}. Give lists of names of submodules that follow each other, as "
             "[['conv1', 'bn1', 'relu']], or leave it out: the chains are found without it."

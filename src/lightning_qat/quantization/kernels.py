@@ -110,10 +110,13 @@ def limitation(module: Any, engine: str) -> str | None:
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         whole = module.affine and module.track_running_stats
         return None if whole else "batch-norm without affine parameters or running statistics"
-    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd) and engine != "qnnpack"
-    # seen in torch 2.15: fbgemm and oneDNN give other numbers than F.conv_transpose2d
-    if transposed and (module.groups > 1 or module.in_channels != module.out_channels):
-        return f"{engine}'s kernel is wrong with groups, or unlike numbers of channels"
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        # seen in torch 2.15, in each engine: other numbers than F.conv_transpose gives
+        unlike = module.groups > 1 or module.in_channels != module.out_channels
+        if engine == "qnnpack" and isinstance(module, nn.ConvTranspose3d):
+            return f"{engine}'s kernel is wrong in three dimensions"
+        if engine != "qnnpack" and unlike:
+            return f"{engine}'s kernel is wrong with groups, or unlike numbers of channels"
     if isinstance(module, nn.modules.conv._ConvNd):
         kernels = ("zeros",) if isinstance(module, nn.Conv3d) else ("zeros", "reflect")
         if module.padding_mode not in kernels:
