@@ -1,0 +1,72 @@
+"""What lies beside a run: its training curves, and the PTQ run it compares with."""
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lightning_qat.report.metrics import FILE_NAME
+
+Curve = tuple[list[int], list[float]]  # steps, values
+
+# What a QAT and a PTQ run must share so that the two differ in method only.
+_SAME = ("data", "model", "qconfig", "seed")
+_SAME_ARGUMENTS = ("overrides=", "allow_saturation=")
+
+
+def read_curves(folder: Path) -> dict[str, Curve]:
+    """What Lightning's CSVLogger has left in ``folder/csv``, by the name it was logged under."""
+    curves: dict[str, Curve] = {}
+    path = folder / "csv" / "metrics.csv"
+    if not path.exists():
+        return curves
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name, text in row.items():
+                if text and name not in ("step", "epoch") and math.isfinite(float(text)):
+                    steps, values = curves.setdefault(name, ([], []))
+                    steps.append(int(row["step"]))
+                    values.append(float(text))
+    return curves
+
+
+def find_ptq(metrics: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest finished PTQ run of the same network: its folder and its metrics.
+
+    Looked for in the folders beside the run, and in ``runs/*`` and ``multiruns/*/*`` of the
+    output folder.
+    """
+    folder = folder.resolve()
+    patterns = [(folder.parent, "*")]
+    for output_dir in folder.parents[1:3]:  # of output_dir/runs/RUN and output_dir/multiruns/*/RUN
+        patterns += [(output_dir, "runs/*"), (output_dir, "multiruns/*/*")]
+    found = {path for root, runs in patterns for path in root.glob(f"{runs}/{FILE_NAME}")}
+    for path in sorted(found, key=lambda path: (path.stat().st_mtime, path), reverse=True):
+        try:
+            other = json.loads(path.read_text())
+        except (OSError, ValueError):  # of another program, or gone meanwhile
+            continue
+        if _comparable(other, metrics):
+            return path.parent, other
+    return None
+
+
+def _comparable(other: Any, metrics: dict[str, Any]) -> bool:
+    if not isinstance(other, dict) or other.get("stage") != "ptq" or other.get("status") != 0:
+        return False
+    # the same accuracy to the last digit: the same FP32 weights
+    same_weights = other["accuracy"]["fp32"] == metrics["accuracy"]["fp32"]
+    same_arguments = _deciding_arguments(other) == _deciding_arguments(metrics)
+    return same_weights and same_arguments and all(other[key] == metrics[key] for key in _SAME)
+
+
+def _deciding_arguments(metrics: dict[str, Any]) -> set[str]:
+    return {word for word in metrics["command"].split() if word.startswith(_SAME_ARGUMENTS)}
+
+
+def command_for(stage: str, metrics: dict[str, Any]) -> str:
+    """The command of a run, with another stage."""
+    of_one_run = ("stage=", "ckpt_path=", "trainer.max_epochs=")
+    words = [word for word in metrics["command"].split()[2:] if not word.startswith(of_one_run)]
+    return " ".join(["python train.py", f"stage={stage}", *words])

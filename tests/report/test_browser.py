@@ -1,0 +1,77 @@
+"""report.html in a real browser, where one is installed."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lightning_qat.report.page import write_report
+from tests.report.run_folder import make_run
+from tests.report.test_page import SECTIONS, STAGES, Page
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(BROWSERS)} is here")
+
+
+def browse(page: Path, folder: Path) -> tuple[Page, list[str], list[str]]:
+    """The page as the browser understood it, what it wrote to the console, what it asked for."""
+    log = folder / "net.json"
+    done = subprocess.run(
+        [
+            str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom",
+            "--enable-logging=stderr", "--v=0", "--allow-file-access-from-files",
+            "--host-resolver-rules=MAP * ~NOTFOUND", f"--log-net-log={log}",
+            f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=2000", page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )  # fmt: skip
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return Page(done.stdout), console, requests(log)
+
+
+def requests(log: Path) -> list[str]:
+    """URLs that pages asked for; the browser's own have no origin."""
+    events = [event.get("params") or {} for event in json.loads(log.read_text())["events"]]
+    asked = [
+        x for x in events if "url" in x and x.get("initiator", "not an origin") != "not an origin"
+    ]
+    return [x["url"] for x in asked]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_browser_finds_every_section_no_error_and_no_request(stage: str, tmp_path: Path) -> None:
+    write_report(*make_run(stage, tmp_path / "run"), tmp_path / "run")
+    page, console, asked = browse(tmp_path / "run" / "report.html", tmp_path)
+    assert page.ids == SECTIONS
+    assert console == []
+    assert asked == []
+
+
+def test_browser_would_tell_of_an_error_and_of_a_request(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.html"
+    bad.write_text("<img src='http://example.invalid/x.png'><script>nothing()</script>")
+    _, console, asked = browse(bad, tmp_path)
+    assert "nothing is not defined" in "".join(console)
+    assert asked == ["http://example.invalid/x.png"]
+
+
+def test_page_is_no_wider_than_a_phone(tmp_path: Path) -> None:
+    names = [f"a class with a rather long name {index}" for index in range(30)]
+    write_report(*make_run("qat", tmp_path / "run", names), tmp_path / "run")
+    frame = tmp_path / "frame.html"  # a window of its own has a least width
+    frame.write_text(
+        "<iframe src='run/report.html' style='width:360px;height:800px;border:0'></iframe><script>"
+        "onload = () => { const page = frames[0].document.documentElement;"
+        "document.title = `${page.clientWidth} ${page.scrollWidth}` }</script>"
+    )
+    page, _, _ = browse(frame, tmp_path)
+    window, document = map(int, re.findall(r"\d+", page.words)[:2])
+    assert 300 < window <= 360
+    assert document == window
