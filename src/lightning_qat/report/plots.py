@@ -4,7 +4,6 @@ Text stays text, in the page's font. Nothing of matplotlib's global state is tou
 figures give the same SVG.
 """
 
-import html
 import io
 import math
 import re
@@ -256,7 +255,7 @@ def _svg(figure: Figure, label: str) -> Markup:
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     _, _, width, height = re.search(r'viewBox="([^"]*)"', svg)[1].split()  # type: ignore[index]
-    head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}">'
+    head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">'
     svg = re.sub(r"<svg.*?>", lambda _: head, svg, count=1, flags=re.DOTALL)
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
     svg = svg.replace("xlink:href=", "href=")
