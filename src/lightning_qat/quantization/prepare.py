@@ -68,7 +68,8 @@ def prepare_qat(
         qconfig: for every layer that ``overrides`` does not name.
         engine: the quantised engine of torch that the network will be converted for.
         overrides: qconfig by name or by type of layers; None as the value = in float. A name also
-            covers everything below it; the longest name wins, and names win over types.
+            covers everything below it; the longest name wins, and names win over types. What is a
+            function in ``net``, such as a sum, has the name that ``functions_to_modules`` gives it.
         chains: names of the modules to fuse; None = all that can be.
         scheme: the arguments in words, which a checkpoint of the result has to match.
 
@@ -77,7 +78,6 @@ def prepare_qat(
             ``overrides`` or ``chains`` name.
     """
     overrides = overrides or {}
-    _check_overrides(net, overrides)
     types = {name: type(module) for name, module in net.named_modules()}
     modes = {name: module.training for name, module in net.named_modules()}
     fuse_model: Any = getattr(net, "fuse_model", None)
@@ -89,6 +89,7 @@ def prepare_qat(
             number_the_padding(module)
     graph_module = trace(net)
     functions_to_modules(graph_module)
+    _check_overrides(overrides, types, graph_module)
     fused = fuse(graph_module, engine, chains)
 
     used: set[Any] = set()
@@ -137,14 +138,16 @@ def is_prepared(net: nn.Module) -> bool:
     return any(isinstance(module, tq.FakeQuantizeBase) for module in net.modules())
 
 
-def _check_overrides(net: nn.Module, overrides: Overrides) -> None:
-    names = [name for name, _ in net.named_modules() if name]
-    types = {type(module) for module in net.modules()}
+def _check_overrides(
+    overrides: Overrides, types: Mapping[str, type], graph_module: fx.GraphModule
+) -> None:
+    """Names are those of the network's modules, and of what its functions have become."""
+    names = [name for name in {**types, **dict(graph_module.named_modules())} if name]
     for key in overrides:
-        if (key not in names) if isinstance(key, str) else (key not in types):
+        if (key not in names) if isinstance(key, str) else (key not in types.values()):
             close = difflib.get_close_matches(str(key), names) or names[:5]
             raise UserError(
-                f"overrides: {type(net).__name__} has no layer {key!r}. Names are those of its "
+                f"overrides: {types[''].__name__} has no layer {key!r}. Names are those of its "
                 f"submodules, such as {', '.join(close)}; types are classes, such as "
                 "torch.nn.Linear."
             )
