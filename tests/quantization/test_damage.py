@@ -76,7 +76,7 @@ def test_every_integer_layer_has_a_row_of_what_a_user_calls_it(
         "quant_flatten": "quantise",
         "fc": "Linear",
     }
-    assert [row["own_sqnr_db"] for row in rows] == sorted(row["own_sqnr_db"] for row in rows)
+    assert rows == sorted(rows, key=lambda row: row["own_sqnr_db"])
     assert all(row["sqnr_db"] < row["own_sqnr_db"] + 1 for row in rows)
 
 
@@ -123,19 +123,15 @@ def test_clipping_is_counted_where_the_kernels_clip(fitted: QuantizationAwareTra
 
 def test_both_networks_stay_as_they_were(fitted: QuantizationAwareTraining) -> None:
     x = images()[0]
-    networks = fitted.networks["fake_quant"], fitted.int8_model
-    fitted.networks["fake_quant"].get_submodule("fc").apply(tq.enable_observer)
-    before = [copy.deepcopy(net.state_dict()) for net in networks]
-    modes = [[module.training for module in net.modules()] for net in networks]
-    with torch.no_grad():
-        # an int8 model's packed weights have no ==, so what it gives has to say it
-        outputs = [fitted.int8_model(x)]
-        layer_damage(*networks, x * 3)
-        assert torch.equal(fitted.int8_model(x), outputs[0])
-    assert modes == [[module.training for module in net.modules()] for net in networks]
-    assert [list(state) for state in before] == [list(net.state_dict()) for net in networks]
-    after = networks[0].state_dict()
-    assert all(torch.equal(value, after[name]) for name, value in before[0].items())
+    net, model = fitted.networks["fake_quant"], fitted.int8_model
+    net.get_submodule("fc").apply(tq.enable_observer)
+    before = copy.deepcopy(net.state_dict())
+    modes = [module.training for network in (net, model) for module in network.modules()]
+    output = model(x)
+    layer_damage(net, model, x * 3)
+    assert torch.equal(model(x), output)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert modes == [module.training for network in (net, model) for module in network.modules()]
 
 
 def with_a_broken_weight(name: str) -> nn.Module:
@@ -160,10 +156,8 @@ def test_a_broken_layer_is_the_worst_and_one_override_away_from_float(
     assert worst["name"] == layer
     assert worst["weight_max"] > 100
     assert worst["own_sqnr_db"] < min(3, second["own_sqnr_db"] - 8)
-    overrides = {worst["name"]: None}
-    after = calibrated(
-        with_a_broken_weight(batch_norm), tmp_path, qconfig=qconfig, overrides=overrides
-    )
+    broken, overrides = with_a_broken_weight(batch_norm), {worst["name"]: None}
+    after = calibrated(broken, tmp_path, qconfig=qconfig, overrides=overrides)
     rows = table(after, x)
     assert layer not in [row["name"] for row in rows]
     assert row_of(rows, "fc")["sqnr_db"] > row_of(table(before, x), "fc")["sqnr_db"] + 10
@@ -175,8 +169,7 @@ def test_a_scale_that_outliers_have_spoilt_is_the_worst(
     name: str, fitted: QuantizationAwareTraining
 ) -> None:
     net: Any = copy.deepcopy(fitted.networks["fake_quant"])
-    spoilt = net.block.conv2 if name == "block.conv2" else net.block.add
-    spoilt.activation_post_process.scale.mul_(50)
+    net.get_submodule(name).activation_post_process.scale.mul_(50)
     worst, second, *_ = layer_damage(net, convert(net, "x86"), images(seed=5)[0])
     assert worst["name"] == name
     assert worst["own_sqnr_db"] < second["own_sqnr_db"] - 10
@@ -243,20 +236,18 @@ def test_a_layer_that_rounds_behind_its_clamp_is_judged_there(
     row = row_of(layer_damage(net, model, x), "0")
     with torch.no_grad():
         expected = net.apply(tq.disable_fake_quant)(x)
-        alone = net.apply(tq.enable_fake_quant).apply(_float_input)(x)
+        (stub,) = (m for m in net.modules() if isinstance(m, tq.QuantStub))
+        net.apply(tq.enable_fake_quant)
+        stub.apply(tq.disable_fake_quant)
+        alone = net(x)
         assert row["sqnr_db"] == pytest.approx(compute_sqnr(expected, model(x)).item(), abs=0.01)
     assert row["own_sqnr_db"] == pytest.approx(compute_sqnr(expected, alone).item(), abs=0.01)
     assert row["kind"] == f"Conv2d + {type(clamp()).__name__}"
     assert row["activation_max"] == expected.max()
 
 
-def _float_input(module: nn.Module) -> None:
-    if isinstance(module, tq.QuantStub):
-        module.apply(tq.disable_fake_quant)
-
-
 class InPlace(nn.Module):
-    """Two readers of one convolution; one of them, the last, overwrites it."""
+    """The second reader of a convolution overwrites it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -301,10 +292,8 @@ def test_a_dead_layer_has_no_ratio_and_comes_last_and_the_csv_says_so(tmp_path: 
     write_layers_csv(rows, tmp_path)
     with (tmp_path / "layers.csv").open(newline="") as file:
         written = list(csv.DictReader(file))
-    assert list(written[0]) == [
-        "name", "kind", "sqnr_db", "own_sqnr_db", "weight_min", "weight_max",
-        "activation_min", "activation_max", "clipped",
-    ]  # fmt: skip
+    columns = "name kind sqnr_db own_sqnr_db weight_min weight_max activation_min activation_max"
+    assert list(written[0]) == [*columns.split(), "clipped"]
     assert [row["name"] for row in written] == [row["name"] for row in rows]
     assert float(written[0]["own_sqnr_db"]) == rows[0]["own_sqnr_db"]
     assert written[-1]["own_sqnr_db"] == ""

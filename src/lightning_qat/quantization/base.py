@@ -45,8 +45,7 @@ class QuantizationCallback(pl.Callback):
         qconfig: a name (see ``lightning_qat.quantization.QCONFIGS``) or a ``QConfig``.
         target: dotted name of the submodule to quantise.
         overrides: another qconfig for some layers, by their name in ``target`` (which covers what
-            is below it) or by their type; None as the value keeps them in float. ``layer_damage``
-            lists the names, those of sums and other functions among them.
+            is below it; ``layer_damage`` lists them) or by their type; None keeps them in float.
         fuse: lists of names of modules to fuse; None = all that can be fused.
         allow_saturation: permit a qconfig whose sums this CPU's kernels cannot hold.
 
