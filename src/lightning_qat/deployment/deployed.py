@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.atomic import atomic_path
+from lightning_qat.deployment.description import KEY, Description
 
 
 class DeployedModel(nn.Module):
@@ -37,8 +38,8 @@ def torchscript(model: nn.Module) -> torch.jit.ScriptModule:
     return torch.jit.freeze(torch.jit.script(model.eval()))
 
 
-def save_torchscript(scripted: torch.jit.ScriptModule, path: Path) -> int:
-    """Write ``scripted``, whole or not at all, and return the size of the file in bytes."""
+def save_torchscript(scripted: torch.jit.ScriptModule, path: Path, description: Description) -> int:
+    """Write ``scripted`` with its description, whole or not at all; gives the file's bytes."""
     with atomic_path(path) as partial:
-        scripted.save(str(partial))
+        scripted.save(str(partial), _extra_files={f"{KEY}.json": description.to_json()})
     return path.stat().st_size

@@ -1,0 +1,62 @@
+"""What an exported file says of itself, in the same words in every format."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+KEY = "lightning_qat"  # where each format keeps it: extra file, metadata property, rt_info
+
+# What a file takes in.
+UNIT = "float32 in [0, 1]"
+PIXELS = "uint8 pixels"
+
+
+@dataclass(frozen=True)
+class Description:
+    """Attributes:
+    classes: one name per logit.
+    max_value: the pixel value that stands for 1, where pixels go in.
+    image_size: height and width of an image in pixels.
+    input: ``UNIT`` or ``PIXELS``; N x 3 x height x width, RGB, in both cases.
+    mean, std: the normalisation inside the model, per channel, of images in [0, 1].
+    engine: the quantised engine of torch that a TorchScript file is packed for.
+    accuracy: of this file on ``test_images`` test images, 0..1; None = not measured yet.
+    """
+
+    classes: list[str]
+    image_size: int
+    input: str
+    max_value: int
+    mean: list[float]
+    std: list[float]
+    stage: str
+    data: str
+    model: str
+    qconfig: str | None
+    engine: str | None
+    seed: int
+    command: str
+    commit: str | None
+    date: str
+    torch: str
+    test_images: int
+    accuracy: float | None = None
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Description":
+        """Read what ``to_json`` wrote; what a later version added is passed over.
+
+        Raises:
+            ValueError: this is none.
+        """
+        fields: Any = json.loads(text)
+        known = {field.name for field in dataclasses.fields(cls)}
+        try:
+            return cls(**{name: value for name, value in fields.items() if name in known})
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"no description of lightning_qat: {error}") from error

@@ -1,0 +1,49 @@
+"""ONNX files: the INT8 network as QuantizeLinear and DequantizeLinear around float operations."""
+
+import warnings
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.atomic import atomic_path
+from lightning_qat.deployment.description import KEY, Description
+
+OPSET = 18  # the one torch's exporter is written for; per-channel QuantizeLinear needs 13
+
+
+def to_onnx(model: nn.Module, images: Tensor) -> onnx.ModelProto:
+    """``model`` as ONNX: input ``images`` with any batch size, output ``logits``; checked.
+
+    Args:
+        model: in eval mode, in operations of floats: for an INT8 network see ``qdq``.
+        images: what it takes in, two images or more.
+
+    Raises:
+        onnx.checker.ValidationError: the exporter's result is not valid ONNX.
+    """
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the exporter's, about its own parts
+        program = torch.onnx.export(
+            model,
+            (images,),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            opset_version=OPSET,
+        )
+    assert program is not None  # as it is where no file name is given
+    proto = program.model_proto
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def save_onnx(proto: onnx.ModelProto, path: Path, description: Description) -> int:
+    """Write ``proto`` with its description, whole or not at all; gives the file's bytes."""
+    onnx.helper.set_model_props(proto, {KEY: description.to_json()})
+    with atomic_path(path) as partial:
+        partial.write_bytes(proto.SerializeToString())
+    return path.stat().st_size

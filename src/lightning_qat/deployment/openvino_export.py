@@ -1,0 +1,61 @@
+"""OpenVINO IR, made from the ONNX graph; needs the extra ``openvino``."""
+
+import copy
+import importlib.util
+import tempfile
+from pathlib import Path
+
+import onnx
+
+from lightning_qat.deployment.description import KEY, Description
+
+
+def is_installed() -> bool:
+    """Whether the extra ``openvino`` is there."""
+    return importlib.util.find_spec("openvino") is not None
+
+
+def save_openvino(proto: onnx.ModelProto, path: Path, description: Description) -> int:
+    """Write ``path`` (.xml) and its weights (.bin beside it); gives the bytes of both.
+
+    Each is there whole or not at all; the .xml, without which the .bin is nothing, comes last.
+    """
+    import openvino
+
+    weights = path.with_suffix(".bin")
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".openvino-") as folder:
+        onnx_file, partial = Path(folder) / "model.onnx", Path(folder) / path.name
+        onnx.save(_keep_every_rounding(proto), onnx_file)
+        model = openvino.Core().read_model(onnx_file)
+        model.set_rt_info(description.to_json(), [KEY])
+        openvino.save_model(model, partial, compress_to_fp16=False)
+        path.unlink(missing_ok=True)  # an older one must not meet the new weights
+        partial.with_suffix(".bin").replace(weights)
+        partial.replace(path)
+    return path.stat().st_size + weights.stat().st_size
+
+
+def _keep_every_rounding(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of ``proto`` in which OpenVINO rounds what goes into a residual sum.
+
+    Where it fuses convolution, quantise, sum and quantise into one kernel, its CPU plugin leaves
+    the first rounding out, if that comes right behind the convolution ("drop rounding one special
+    residual pattern", dnnl_postops_composer.cpp): 16 % of the sums then come out one step off. A
+    leaky ReLU of slope 1, which changes nothing, stands between the two.
+    """
+    proto = copy.deepcopy(proto)
+    producers = {output: node for node in proto.graph.node for output in node.output}
+    summands = {name for node in proto.graph.node if node.op_type == "Add" for name in node.input}
+    quantised = {producers[name].input[0] for name in summands if name in producers}
+    nodes: list[onnx.NodeProto] = []
+    for node in proto.graph.node:
+        if node.op_type == "QuantizeLinear" and node.output[0] in quantised:
+            same = f"{node.output[0]}_same"
+            nodes.append(
+                onnx.helper.make_node("LeakyRelu", [node.input[0]], [same], same, alpha=1.0)
+            )
+            node.input[0] = same
+        nodes.append(node)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    return proto
