@@ -1,5 +1,6 @@
 """Train, quantise, measure: one run. `python train.py --help` shows what can be set."""
 
+import shlex
 from pathlib import Path
 
 import hydra
@@ -21,7 +22,9 @@ def main(cfg: DictConfig) -> None:
     from lightning_qat.deployment.evaluate import evaluate
     from lightning_qat.errors import checked_int
     from lightning_qat.report.environment import environment
+    from lightning_qat.report.layers import write_layers_csv
     from lightning_qat.report.metrics import write_metrics
+    from lightning_qat.report.page import write_report
     from lightning_qat.report.table import print_metrics
 
     runtime = HydraConfig.get().runtime
@@ -48,7 +51,7 @@ def main(cfg: DictConfig) -> None:
     if not trainer.is_global_zero:
         return
 
-    metrics = {
+    run = {
         "status": cli.DONE,
         "stage": choices["stage"],
         "data": choices["data"],
@@ -56,11 +59,15 @@ def main(cfg: DictConfig) -> None:
         "qconfig": choices["qconfig"] if "qconfig" in cfg.callbacks.result else None,
         "seed": cfg.seed,
         "epochs": trainer.current_epoch if trainer.global_step else 0,  # calibration trains none
-        **evaluate(callbacks["result"].networks, datamodule, folder),
-        "command": " ".join(["python train.py", *HydraConfig.get().overrides.task]),
+        "command": shlex.join(["python", "train.py", *HydraConfig.get().overrides.task]),
         "environment": environment(),
     }
+    networks = callbacks["result"].networks
+    figures, evidence = evaluate(networks, datamodule, folder, run, cfg.uint8_input)
+    metrics = run | figures
     write_metrics(metrics, folder)
+    write_layers_csv(evidence.layers, folder)
+    write_report(metrics, evidence, folder)
     print_metrics(metrics)
 
 

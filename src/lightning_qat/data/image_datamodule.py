@@ -164,6 +164,15 @@ class ImageDataModule(pl.LightningDataModule):
         """Give the whole test set, in order."""
         return self._eval_dataloader(ImageSubset(self._test, torch.arange(len(self._test.labels))))
 
+    @property
+    def test_labels(self) -> Tensor:
+        """Of the whole test set, int64 N."""
+        return self._test.labels
+
+    def test_images(self, indices: Tensor) -> Tensor:
+        """Some images of the test set, float32 N x 3 x H x W in [0, 1]."""
+        return self._test.images[indices].permute(0, 3, 1, 2).float() / self.max_value
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Make float32 images N x 3 x H x W in [0, 1], channels_last, and int64 labels N."""
         images, labels, indices = batch

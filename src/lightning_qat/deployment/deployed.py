@@ -30,7 +30,11 @@ class DeployedModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """RGB images N x 3 x H x W, float32 in [0, 1] -> logits N x classes, float32."""
-        return self.net((images - self.mean) / self.std)
+        return self.net(self.normalise(images))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """What ``net`` takes in, of images in [0, 1]."""
+        return (images - self.mean) / self.std
 
 
 def torchscript(model: nn.Module) -> torch.jit.ScriptModule:

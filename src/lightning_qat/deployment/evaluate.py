@@ -1,7 +1,10 @@
 """Everything that is measured of a run's networks."""
 
 import copy
-import io
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,63 +12,179 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.data.image_datamodule import ImageDataModule
-from lightning_qat.deployment.accuracy import accuracy, agreement, predict_test_set
-from lightning_qat.deployment.deployed import DeployedModel, save_torchscript, torchscript
+from lightning_qat.deployment.accuracy import accuracy, agreement, predict_test_set, shortfalls
+from lightning_qat.deployment.deployed import DeployedModel
+from lightning_qat.deployment.description import PIXELS, UNIT, Description
+from lightning_qat.deployment.evidence import Evidence
+from lightning_qat.deployment.export import ExportedFile, export
 from lightning_qat.deployment.latency import measure_latency
-from lightning_qat.quantization.convert import quantised_engine
+from lightning_qat.deployment.pixels import for_pixels
+from lightning_qat.deployment.runtimes import Runtime, load
+from lightning_qat.quantization.damage import layer_damage
+from lightning_qat.quantization.qconfig import activation_range
 
-Runtime = Any  # callable: images -> logits
+log = logging.getLogger(__name__)
+
+LAYER_IMAGES = 256  # training images on which the damage of each layer is measured
+SAMPLES = 24  # pictures in the report
+_FILE_KEYS = {"torchscript": "int8", "onnx": "onnx", "openvino": "openvino"}
 
 
 def evaluate(
-    networks: dict[str, nn.Module], datamodule: ImageDataModule, folder: Path
-) -> dict[str, Any]:
-    """Export to ``folder`` and measure: accuracy, agreement, sizes, latency.
+    networks: dict[str, nn.Module],
+    datamodule: ImageDataModule,
+    folder: Path,
+    run: dict[str, Any],
+    uint8_input: bool = False,
+) -> tuple[dict[str, Any], Evidence]:
+    """Export to ``folder`` and measure: accuracy, agreement, sizes, latency, damage by layer.
 
-    INT8 accuracy is that of the exported file, loaded back.
+    The accuracy of a file is measured of that file, loaded back, and then written into it.
 
     Args:
         networks: ``fp32`` and, where there was quantisation, ``fake_quant`` and ``int8``.
         datamodule: set up already.
-        folder: gets ``model_int8.ts``.
+        folder: gets ``model_int8.ts``, ``.onnx`` and, where OpenVINO is installed, ``.xml``.
+        run: what metrics.json says of the run before anything is measured.
+        uint8_input: export models for raw pixels as well: ``model_int8_uint8.*``.
+
+    Returns:
+        Figures for metrics.json, and what that has no room for.
     """
-    models = {
+    models: dict[str, Any] = {
         name: DeployedModel(net, datamodule.mean, datamodule.std) for name, net in networks.items()
     }
-    fp32_file = io.BytesIO()
-    fp32_torchscript = torchscript(models["fp32"])
-    torch.jit.save(fp32_torchscript, fp32_file)
-    size_bytes = {"fp32": fp32_file.getbuffer().nbytes}
-    runtimes: dict[str, Runtime] = {
-        "fp32_eager": models["fp32"],
-        "fp32_torchscript": fp32_torchscript,
-    }
-    tested: dict[str, Runtime] = {"fp32": models["fp32"]}
+    images = _first_images(datamodule, datamodule.test_dataloader())
+    one_image = images[:1].contiguous()  # the layout in which a user's image comes
+    description = _describe(run, datamodule, networks.get("int8"))
+    files: dict[str, ExportedFile] = {}
     if "int8" in models:
-        path = folder / "model_int8.ts"
-        size_bytes["int8"] = save_torchscript(torchscript(models["int8"]), path)
-        with quantised_engine(str(networks["int8"].engine)):
-            # one copy a use: oneDNN's convolutions are fast only for the batch size they meet first
-            for_testing, for_timing = torch.jit.load(str(path)), torch.jit.load(str(path))
-        tested |= {"fake_quant": models["fake_quant"], "int8": for_testing}
-        runtimes |= {"int8_eager": models["int8"], "int8_torchscript": for_timing}
+        exported = export(models["int8"], folder / "model_int8", description, images[:2])
+        files = {_FILE_KEYS[name]: file for name, file in exported.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        fp32_files = export(models["fp32"], Path(scratch) / "model_fp32", description, images[:2])
+        if uint8_input and files:
+            files |= _export_for_pixels(models["int8"], datamodule, folder, description)
+        tested = {name: model for name, model in models.items() if name != "int8"}
+        # one copy a use: oneDNN's convolutions are fast only for the batch size they meet first
+        tested |= {name: _taking_floats(load(file.path)) for name, file in files.items()}
+        logits, labels = predict_test_set(tested, datamodule)
+        latency_ms = measure_latency(_timed(models, fp32_files, files), one_image)
 
-    logits, labels = predict_test_set(tested, datamodule)
+    accuracies = {name: accuracy(x, labels) for name, x in logits.items()}
+    for name, file in files.items():
+        file.state_accuracy(accuracies[name])
     figures: dict[str, Any] = {
-        "accuracy": {name: accuracy(x, labels) for name, x in logits.items()},
+        "accuracy": accuracies,
         "test_images": len(labels),
-        "size_bytes": size_bytes,
+        "size_bytes": {"fp32": fp32_files["torchscript"].bytes}
+        | {name: file.bytes for name, file in files.items()},
+        "latency_ms": latency_ms,
     }
-    if "int8" in logits:
+    warnings: list[str] = []
+    layers: list[dict[str, Any]] = []
+    unlike = torch.empty(0, dtype=torch.int64)
+    if files:
+        pairs = [("int8", "fake_quant"), *((name, "int8") for name in files if name != "int8")]
         figures["agreement"] = {
-            "int8_vs_fake_quant": agreement(logits["int8"], logits["fake_quant"])
+            f"{name}_vs_{other}": agreement(logits[name], logits[other]) for name, other in pairs
         }
+        figures["activation_range"] = activation_range(networks["fake_quant"])
+        warnings = shortfalls(accuracies, figures["agreement"], len(labels))
+        if figures["activation_range"]["saturates"]:
+            warnings.append(
+                "activations have 8 bits and this CPU has no VNNI: sums saturate in the kernels of "
+                "ONNX Runtime, OpenVINO and oneDNN. Use qconfig=x86 for this CPU."
+            )
+        unlike = (logits["fp32"].argmax(1) != logits["int8"].argmax(1)).nonzero().flatten()
+        # training images: nothing may be chosen by what the test set shows
+        images = _first_images(datamodule, datamodule.train_dataloader())[:LAYER_IMAGES]
+        images = models["fp32"].normalise(images)
+        layers = layer_damage(networks["fake_quant"], networks["int8"], images)
+    for warning in warnings:
+        log.warning(warning)
+    return figures, Evidence(
+        class_names=datamodule.class_names,
+        labels=labels,
+        logits=logits,
+        samples=datamodule.test_images(unlike[:SAMPLES]),
+        sample_indices=unlike[:SAMPLES],
+        layers=layers,
+        files=[
+            {
+                "name": file.path.name,
+                "bytes": file.bytes,
+                "runtime": file.runtime,
+                "how_to_load": file.how_to_load,
+                "input": file.description.input,
+                "accuracy": file.description.accuracy,
+            }
+            for file in files.values()
+        ],
+        warnings=warnings,
+    )
+
+
+def _describe(run: dict[str, Any], datamodule: ImageDataModule, int8: Any | None) -> Description:
+    return Description(
+        classes=datamodule.class_names,
+        image_size=datamodule.image_size,
+        input=UNIT,
+        max_value=datamodule.max_value,
+        mean=list(datamodule.mean),
+        std=list(datamodule.std),
+        stage=run["stage"],
+        data=run["data"],
+        model=run["model"],
+        qconfig=run["qconfig"],
+        engine=int8.engine if int8 is not None else None,
+        seed=run["seed"],
+        command=run["command"],
+        commit=run["environment"]["commit"],
+        date=run["environment"]["date"],
+        torch=run["environment"]["torch"],
+        test_images=len(datamodule.test_labels),
+    )
+
+
+def _first_images(datamodule: ImageDataModule, loader: Any) -> Tensor:
+    images, _ = datamodule.on_after_batch_transfer(next(iter(loader)), 0)
+    return images
+
+
+def _export_for_pixels(
+    model: DeployedModel, datamodule: ImageDataModule, folder: Path, description: Description
+) -> dict[str, ExportedFile]:
+    net: Any = for_pixels(model.net, datamodule.max_value, model.mean, model.std)  # type: ignore[arg-type]
+    size = datamodule.image_size
+    pixels = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    description = dataclasses.replace(description, input=PIXELS)
+    exported = export(net, folder / "model_int8_uint8", description, pixels)
+    return {f"{_FILE_KEYS[name]}_uint8": file for name, file in exported.items()}
+
+
+def _taking_floats(model: Runtime) -> Callable[[Tensor], Tensor]:
+    """The model of a file, for the images of the data module."""
+    if model.description.input == UNIT:
+        return model
+    most = model.description.max_value
+    return lambda images: model((images * most).round().to(torch.uint8))
+
+
+def _timed(
+    models: dict[str, Any], fp32_files: dict[str, ExportedFile], files: dict[str, ExportedFile]
+) -> dict[str, Any]:
+    """What is timed on one thread, by the names of the contract; float images go in."""
+    timed = {"fp32_eager": models["fp32"]}
+    timed["fp32_channels_last"] = copy.deepcopy(models["fp32"]).to(
+        memory_format=torch.channels_last
+    )
+    timed |= {f"fp32_{name}": load(file.path, threads=1) for name, file in fp32_files.items()}
+    if "int8" in models:
+        timed["int8_eager"] = models["int8"]
+    for name, key in _FILE_KEYS.items():
+        if key in files:
+            timed[f"int8_{name}"] = load(files[key].path, threads=1)
     if torch.cuda.is_available():
-        runtimes["fp32_cuda"] = copy.deepcopy(models["fp32"]).cuda()
-    figures["latency_ms"] = measure_latency(runtimes, _one_image(datamodule))
-    return figures
-
-
-def _one_image(datamodule: ImageDataModule) -> Tensor:
-    images, _ = datamodule.on_after_batch_transfer(next(iter(datamodule.test_dataloader())), 0)
-    return images[:1].contiguous()  # the layout in which a user's image comes
+        timed["fp32_cuda"] = copy.deepcopy(models["fp32"]).cuda()
+    return timed

@@ -1,5 +1,7 @@
 """ONNX files: the INT8 network as QuantizeLinear and DequantizeLinear around float operations."""
 
+import copy
+import logging
 import warnings
 from pathlib import Path
 
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 
 from lightning_qat.atomic import atomic_path
 from lightning_qat.deployment.description import KEY, Description
+from lightning_qat.deployment.qdq import qdq
+from lightning_qat.quantization.convert import Int8Model
 
 OPSET = 18  # the one torch's exporter is written for; per-channel QuantizeLinear needs 13
 
@@ -17,12 +21,24 @@ def to_onnx(model: nn.Module, images: Tensor) -> onnx.ModelProto:
     """``model`` as ONNX: input ``images`` with any batch size, output ``logits``; checked.
 
     Args:
-        model: in eval mode, in operations of floats: for an INT8 network see ``qdq``.
+        model: in eval mode; an INT8 network, one that holds some, or a float one. What is INT8
+            becomes QuantizeLinear and DequantizeLinear, see ``qdq``.
         images: what it takes in, two images or more.
 
     Raises:
         onnx.checker.ValidationError: the exporter's result is not valid ONNX.
+        NotImplementedError: a layer has no form in ONNX here.
     """
+    if isinstance(model, Int8Model):
+        model = qdq(model)
+    else:
+        model = copy.copy(model)
+        model._modules = {
+            name: qdq(child) if isinstance(child, Int8Model) else child
+            for name, child in model.named_children()
+        }
+    for exporter in ("onnxscript", "onnx_ir"):
+        logging.getLogger(exporter).setLevel(logging.WARNING)  # they report each merged constant
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter's, about its own parts
         program = torch.onnx.export(

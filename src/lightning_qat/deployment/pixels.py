@@ -38,6 +38,7 @@ class QuantisePixels(nn.Module):
 class NormalisePixels(nn.Module):
     """Where the first layer is in float, there is no quantisation to fold into."""
 
+    max_value: Tensor
     mean: Tensor
     std: Tensor
 

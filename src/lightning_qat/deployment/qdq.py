@@ -164,6 +164,9 @@ class _Function(Rounded):
 class _Pixels(Rounded):
     """A table of integers, see ``QuantisePixels``."""
 
+    table: Tensor
+    rows: Tensor
+
     def __init__(self, integer: QuantisePixels) -> None:
         super().__init__(integer)
         self.register_buffer("table", integer.table)

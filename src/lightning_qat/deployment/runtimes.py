@@ -38,7 +38,7 @@ def load(path: str | Path, threads: int | None = None) -> Runtime:
         UserError: no such file, no such format, a damaged file, or OpenVINO is not installed.
     """
     path = Path(path)
-    kinds = {".ts": TorchScript, ".onnx": OnnxRuntime, ".xml": OpenVino}
+    kinds: dict[str, Any] = {".ts": TorchScript, ".onnx": OnnxRuntime, ".xml": OpenVino}
     if path.suffix not in kinds:
         raise UserError(
             f"{path} is no exported model: name a file that ends in {', '.join(kinds)}, such as "

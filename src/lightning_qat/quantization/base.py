@@ -13,9 +13,10 @@ from torch.ao import quantization as tq
 
 from lightning_qat.checkpoint import best_weights, read_checkpoint
 from lightning_qat.errors import UserError
+from lightning_qat.quantization.bias import round_biases
 from lightning_qat.quantization.check import (
     batch_norm_weights,
-    check_same_function,
+    check_at_first_forward,
     copies_to_compare,
     unobserved,
 )
@@ -156,7 +157,9 @@ class QuantizationCallback(pl.Callback):
         """Before the sanity check: it validates."""
         self._all_observed = False
         self._network(pl_module).apply(tq.disable_observer)
-        self._check_at_first_forward(self._network(pl_module))
+        if self._to_check is not None:
+            check_at_first_forward(self._network(pl_module), self._to_check)
+            self._to_check = None
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if is_a(callback, "WeightAveraging"):
                 average_integers_as_integers(callback)
@@ -179,6 +182,8 @@ class QuantizationCallback(pl.Callback):
                     f"{self.target!r} itself but holds its layers by another name: use that one."
                 )
             self._all_observed = True
+        if trainer.is_last_batch:  # what is validated and saved after an epoch
+            self._round_biases(trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Every process validates the same network."""
@@ -186,7 +191,7 @@ class QuantizationCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """While the processes can still talk."""
-        self._take_statistics_of_rank_0(trainer, pl_module)
+        self._round_biases(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Convert a copy; ``target`` itself stays the trained, fake-quantised network."""
@@ -213,8 +218,14 @@ class QuantizationCallback(pl.Callback):
 
     def _convert(self, fake_quantised: nn.Module) -> None:
         fake_quantised.cpu().eval().apply(tq.disable_observer)
+        round_biases(fake_quantised)  # a checkpoint may be from the middle of an epoch
         self.networks["fake_quant"] = fake_quantised
         self.networks["int8"] = convert(fake_quantised, self.engine)
+
+    def _round_biases(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._take_statistics_of_rank_0(trainer, pl_module)  # or each process rounds differently
+        if self._all_observed:
+            round_biases(self._network(pl_module))
 
     def _take_statistics_of_rank_0(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
@@ -284,16 +295,3 @@ class QuantizationCallback(pl.Callback):
             f"starts. It has: {names}. Set `target` to the dotted name of one of them or of a "
             "submodule of theirs."
         )
-
-    def _check_at_first_forward(self, net: nn.Module) -> None:
-        """The first real input shows whether fusing has changed the function."""
-        if self._to_check is None:
-            return
-
-        def check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            handle.remove()
-            networks, self._to_check = self._to_check, None
-            if networks is not None:  # a deep copy of the module may have this hook still
-                check_same_function(*networks, args, kwargs)
-
-        handle = net.register_forward_pre_hook(check, with_kwargs=True)

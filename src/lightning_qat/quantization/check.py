@@ -63,6 +63,22 @@ def _randomise(batch_norm: _BatchNorm, seed: int) -> None:
     batch_norm.running_var.copy_(0.5 + like[3])  # type: ignore[union-attr]
 
 
+def check_at_first_forward(net: nn.Module, networks: tuple[nn.Module, nn.Module]) -> None:
+    """Let the first real input of ``net`` show whether fusing has changed the function.
+
+    Args:
+        networks: the float one and the prepared one, as ``copies_to_compare`` gives them.
+    """
+    to_check = [networks]
+
+    def check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        handle.remove()
+        while to_check:  # a deep copy of the module may have this hook still
+            check_same_function(*to_check.pop(), args, kwargs)
+
+    handle = net.register_forward_pre_hook(check, with_kwargs=True)
+
+
 @torch.no_grad()
 def check_same_function(
     float_net: nn.Module, prepared: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.ao import quantization as tq
 
 from lightning_qat.errors import UserError, checked_bool
@@ -150,6 +151,30 @@ def resolve_overrides(
                     f"{engine!r}: an INT8 model has one engine."
                 )
     return resolved
+
+
+def activation_range(net: nn.Module) -> dict[str, Any]:
+    """The highest integer that activations are mapped to, and why that one.
+
+    Args:
+        net: fake-quantised.
+
+    Returns:
+        ``quant_max`` (127 or 255), ``why`` in words, and whether sums ``saturate`` on this CPU.
+    """
+    observers = [
+        module.activation_post_process
+        for module in net.modules()
+        if isinstance(module, tq.FusedMovingAvgObsFakeQuantize | KernelRangeFakeQuantize)
+        and module.dtype == torch.quint8
+    ]
+    highest = max((observer.quant_max for observer in observers), default=255)
+    if highest <= 127:
+        why = "sums of two products of such integers fit into 16 bits on every CPU"
+        return {"quant_max": highest, "why": why, "saturates": False}
+    vnni = torch.cpu._is_vnni_supported()
+    why = "one bit more, for CPUs that sum in 32 bits: with VNNI, which this one has"
+    return {"quant_max": highest, "why": why + ("" if vnni else " not"), "saturates": not vnni}
 
 
 def describe(qconfig: tq.QConfig | Mapping[Any, Any] | None) -> str:

@@ -16,6 +16,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": _cpu_name(),
         "vnni": torch.cpu._is_vnni_supported(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "commit": _commit(),

@@ -13,9 +13,11 @@ def write_layers_csv(rows: list[dict[str, Any]], folder: Path) -> None:
     """Write ``folder/layers.csv``, worst layer first, or leave what was there.
 
     Args:
-        rows: as ``layer_damage`` gives them, at least one; None is written as an empty cell.
+        rows: as ``layer_damage`` gives them; None is written as an empty cell. No rows, no file.
         folder: exists.
     """
+    if not rows:
+        return
     with atomic_path(folder / FILE_NAME) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_qat.atomic import atomic_path
 from lightning_qat.deployment.evidence import Evidence
-from lightning_qat.report import plots, runtimes
+from lightning_qat.report import plots, titles
 from lightning_qat.report.beside import command_for, find_ptq, read_curves
 from lightning_qat.report.intervals import paired_difference, unpaired_noise, wilson
 
@@ -55,7 +55,7 @@ def write_report(metrics: dict[str, Any], evidence: Evidence, folder: Path) -> N
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"name_of": runtimes.title, "names": _ENVIRONMENT}
+    environment.globals |= {"name_of": titles.title, "names": _ENVIRONMENT}
     environment.filters |= {"percent": _percent, "points": _points}
     environment.filters |= {"short": _short, "decibels": _decibels}
     ptq = find_ptq(metrics, folder) if metrics["stage"] == "qat" else None
@@ -83,8 +83,8 @@ def write_report(metrics: dict[str, Any], evidence: Evidence, folder: Path) -> N
 def _verdict(metrics: dict[str, Any], evidence: Evidence) -> dict[str, Any]:
     """The figures of the first sentences."""
     latency, size = metrics["latency_ms"], metrics["size_bytes"]
-    best_fp32 = runtimes.fastest(latency, "fp32")
-    best_int8 = runtimes.fastest(latency, "int8")
+    best_fp32 = titles.fastest(latency, "fp32")
+    best_int8 = titles.fastest(latency, "int8")
     verdict: dict[str, Any] = {"best_fp32": best_fp32, "best_int8": best_int8}
     if "int8" in metrics["accuracy"]:
         verdict |= {
@@ -100,7 +100,7 @@ def _verdict(metrics: dict[str, Any], evidence: Evidence) -> dict[str, Any]:
             "over_best": latency[best_fp32]["p50"] / fast,
             "accuracy": metrics["accuracy"][_measured(metrics, best_int8)],
             "file": next(
-                (x for x in evidence.files if x["runtime"] == runtimes.runtime(best_int8)), None
+                (x for x in evidence.files if x["runtime"] == titles.runtime(best_int8)), None
             ),
         }
     return verdict
@@ -108,8 +108,8 @@ def _verdict(metrics: dict[str, Any], evidence: Evidence) -> dict[str, Any]:
 
 def _measured(metrics: dict[str, Any], key: str) -> str:
     """Whose accuracy a runtime has: its own where it was measured."""
-    network = runtimes.network(key)
-    return network if network in metrics["accuracy"] else runtimes.precision(key)
+    network = titles.network(key)
+    return network if network in metrics["accuracy"] else titles.precision(key)
 
 
 def _accuracy(
@@ -119,7 +119,7 @@ def _accuracy(
     method = {"ptq": "PTQ ", "qat": "QAT "}.get(metrics["stage"], "")
     rows = []
     for network, share in metrics["accuracy"].items():
-        name = runtimes.NETWORKS.get(network, network)
+        name = titles.NETWORKS.get(network, network)
         rows.append(
             {
                 "name": name if network == "fp32" else method + name,
@@ -164,13 +164,13 @@ def _compare(metrics: dict[str, Any], ptq: tuple[Path, dict[str, Any]]) -> dict[
 def _latency(metrics: dict[str, Any]) -> dict[str, Any]:
     latency = metrics["latency_ms"]
     rows = [
-        {"title": runtimes.title(key), "over_eager": latency["fp32_eager"]["p50"] / x["p50"], **x}
+        {"title": titles.title(key), "over_eager": latency["fp32_eager"]["p50"] / x["p50"], **x}
         for key, x in latency.items()
     ]
     shares = {}
     for key in latency:
         share = metrics["accuracy"][_measured(metrics, key)]
-        shares[runtimes.network(key)] = (share, *wilson(share, metrics["test_images"]))
+        shares[titles.network(key)] = (share, *wilson(share, metrics["test_images"]))
     return {
         "rows": rows,
         "plot": plots.latency(latency),
@@ -209,7 +209,7 @@ def _agreement(evidence: Evidence) -> list[dict[str, Any]]:
         differ = int((logits.argmax(1) != others.argmax(1)).sum())
         rows.append(
             {
-                "pair": f"{runtimes.NETWORKS[network]} and {runtimes.NETWORKS[other]}",
+                "pair": f"{titles.NETWORKS[network]} and {titles.NETWORKS[other]}",
                 "share": 1 - differ / len(logits),
                 "differ": differ,
                 "largest": float((logits - others).abs().max()),
@@ -227,7 +227,7 @@ def _confusion(evidence: Evidence) -> dict[str, Any]:
     mistakes = matrix - matrix.diag().diag()
     counts, places = mistakes.flatten().sort(descending=True, stable=True)
     return {
-        "network": runtimes.NETWORKS[network],
+        "network": titles.NETWORKS[network],
         "plot": plots.confusion(matrix, names) if classes <= plots.MOST_CLASSES else None,
         "worst": [
             {"label": names[place // classes], "prediction": names[place % classes], "count": count}

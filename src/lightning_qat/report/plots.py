@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from lightning_qat.report import runtimes
+from lightning_qat.report import titles
 from lightning_qat.report.beside import Curve
 
 # CSS variable of report.css -> the colour that stands for it while matplotlib draws.
@@ -100,11 +100,11 @@ def accuracy_latency(
     with matplotlib.style.context(_STYLE, after_reset=True):
         figure, axes = _panel(2.9)
         for key, x in latency_ms.items():
-            share, low, high = (100 * end for end in shares[runtimes.network(key)])
-            colour = _COLOURS[runtimes.precision(key)]
+            share, low, high = (100 * end for end in shares[titles.network(key)])
+            colour = _COLOURS[titles.precision(key)]
             axes.plot([x["p50"]] * 2, [low, high], color=colour, linewidth=0.8, alpha=0.5)
             marker = _MARKERS.get(key.partition("_")[2], "*")
-            label = runtimes.title(key)
+            label = titles.title(key)
             axes.plot(
                 x["p50"], share, marker, color=colour, markersize=7, markeredgewidth=0, label=label
             )
@@ -133,9 +133,9 @@ def curves(title: str, lines: dict[str, Curve]) -> Markup:
 def latency(latency_ms: dict[str, Any]) -> Markup:
     """A bar for the median and a tick at the 95th percentile of each runtime."""
     with matplotlib.style.context(_STYLE, after_reset=True):
-        figure, axes = _rows([runtimes.title(key) for key in latency_ms])
+        figure, axes = _rows([titles.title(key) for key in latency_ms])
         for row, (key, x) in enumerate(latency_ms.items()):
-            axes.barh(row, x["p50"], height=0.62, color=_COLOURS[runtimes.precision(key)])
+            axes.barh(row, x["p50"], height=0.62, color=_COLOURS[titles.precision(key)])
             axes.plot([x["p95"]] * 2, [row - 0.31, row + 0.31], color=_COLOURS["ink"], linewidth=1)
             _note(axes, max(x["p95"], x["p50"]), row, f"{x['p50']:.2f}")
         axes.set_xlabel("ms for 1 image on 1 thread")

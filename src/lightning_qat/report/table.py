@@ -2,38 +2,53 @@
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-_TITLES = {"fp32": "FP32", "fake_quant": "fake-quant", "int8": "INT8"}
+from lightning_qat.report.titles import NETWORKS, fastest, network, title
+
+# Whose prediction a network's is compared with.
+_REFERENCE = {"int8": "fake_quant"}
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:
-    """Print accuracy, size and latency of every network of a run."""
+    """Print accuracy, agreement, size and latency of every network and runtime of a run."""
     qconfig = f", {metrics['qconfig']}" if metrics["qconfig"] else ""
     table = Table(
         title=f"{metrics['stage']}: {metrics['model']} on {metrics['data']}"
-        f" (seed {metrics['seed']}, epochs {metrics['epochs']}{qconfig})"
+        f" (seed {metrics['seed']}, epochs {metrics['epochs']}{qconfig})",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # to fit into 80 columns
     )
-    for title in ("", "test accuracy", "size", "eager ms", "TorchScript ms"):
-        table.add_column(title, justify="right" if title else "left")
-    for name, accuracy in metrics["accuracy"].items():
-        size = metrics["size_bytes"].get(name)
-        table.add_row(
-            _TITLES[name],
-            f"{accuracy:.2%} ± {1.96 * sigma(accuracy, metrics['test_images']):.2%}",
-            f"{size / 1e6:.1f} MB" if size else "",
-            _milliseconds(metrics, f"{name}_eager"),
-            _milliseconds(metrics, f"{name}_torchscript"),
-        )
+    for heading in ("", "test accuracy", "agrees", "size", "ms"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    said: set[str] = set()
+    for runtime, latency in metrics["latency_ms"].items():
+        name = network(runtime)
+        figures = ["", "", ""]
+        if name not in said and not runtime.startswith("int8_eager"):  # the file was tested
+            figures = _figures(metrics, name)
+            said.add(name)
+        milliseconds = f"{latency['p50']:.2f} ({latency['p95']:.2f})"
+        table.add_row(title(runtime), *figures, milliseconds)
+    for name in [name for name in metrics["accuracy"] if name not in said]:
+        table.add_row(NETWORKS[name], *_figures(metrics, name), "")
     console = Console()
     console.print(table)
-    if "agreement" in metrics:
+    console.print(
+        "±: 95 % binomial interval. ms: median (p95) of one image on one thread."
+        + "\nagrees: INT8 TorchScript with fake-quant, the others with INT8 TorchScript."
+        * ("agreement" in metrics)
+    )
+    latency_ms = metrics["latency_ms"]
+    best, best_fp32 = fastest(latency_ms, "int8"), fastest(latency_ms, "fp32")
+    if best and best_fp32:
+        speed = latency_ms[best]["p50"]
         console.print(
-            f"INT8 and fake-quant agree on {metrics['agreement']['int8_vs_fake_quant']:.2%} of the "
-            f"{metrics['test_images']} test images."
+            f"Fastest here: {title(best)}, {latency_ms['fp32_eager']['p50'] / speed:.1f}x FP32 "
+            f"eager, {latency_ms[best_fp32]['p50'] / speed:.1f}x {title(best_fp32)}."
         )
-    console.print("±: 95 % binomial interval. ms: median (p95) of one image on one thread.")
 
 
 def sigma(accuracy: float, images: int) -> float:
@@ -41,8 +56,12 @@ def sigma(accuracy: float, images: int) -> float:
     return (accuracy * (1 - accuracy) / images) ** 0.5
 
 
-def _milliseconds(metrics: dict[str, Any], runtime: str) -> str:
-    if runtime not in metrics["latency_ms"]:
-        return ""
-    latency = metrics["latency_ms"][runtime]
-    return f"{latency['p50']:.2f} ({latency['p95']:.2f})"
+def _figures(metrics: dict[str, Any], name: str) -> list[str]:
+    accuracy = metrics["accuracy"][name]
+    agreement = metrics.get("agreement", {}).get(f"{name}_vs_{_REFERENCE.get(name, 'int8')}")
+    size = metrics["size_bytes"].get(name)
+    return [
+        f"{accuracy:.2%} ± {1.96 * sigma(accuracy, metrics['test_images']):.2%}",
+        "" if agreement is None else f"{agreement:.2%}",
+        f"{size / 1e6:.1f} MB" if size else "",
+    ]

@@ -8,6 +8,9 @@ NETWORKS = {
     "int8": "INT8",
     "onnx": "INT8 ONNX Runtime",
     "openvino": "INT8 OpenVINO",
+    "int8_uint8": "INT8 TorchScript, uint8",
+    "onnx_uint8": "INT8 ONNX Runtime, uint8",
+    "openvino_uint8": "INT8 OpenVINO, uint8",
 }
 _RUNTIMES = {
     "eager": "eager",
