@@ -42,7 +42,13 @@ def qdq(int8_model: Int8Model) -> fx.GraphModule:
     Raises:
         NotImplementedError: an integer kernel has no such form here.
     """
-    model: Any = copy.deepcopy(int8_model)
+    try:
+        model: Any = copy.deepcopy(int8_model)
+    except RuntimeError as error:  # three dimensions in qnnpack
+        raise NotImplementedError(
+            "the weights of this network cannot be read back from its integer kernels "
+            f"({str(error).splitlines()[0]}): use qconfig='x86' for it."
+        ) from error
     modules = dict(model.named_modules())
     for name in {str(node.target) for node in model.graph.nodes} & modules.keys():
         if type(modules[name]).__module__.startswith(_INTEGER):
@@ -177,40 +183,65 @@ class _Pixels(Rounded):
         return _OPERATORS.dequantize_per_tensor(integers, *self.round.qparams)
 
 
-class _Layer(Rounded):
-    """A convolution or a linear layer whose weight is kept as int8."""
+class _Weight(nn.Module):
+    """Weights kept as int8, in floats when they are called for."""
 
-    def __init__(self, integer: Any) -> None:
-        super().__init__(integer)
-        weight, bias = integer._weight_bias()
+    integers: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.per_channel = weight.qscheme() == torch.per_channel_affine
         # never channels_last: the exporter would carry the strides into the graph
         integers = weight.int_repr().clone(memory_format=torch.contiguous_format)
-        self.register_buffer("weight", integers)
-        self.register_buffer("bias", None if bias is None else bias.detach())
-        self.per_channel = weight.qscheme() == torch.per_channel_affine
+        self.register_buffer("integers", integers)
         if self.per_channel:
             self.register_buffer("scale", weight.q_per_channel_scales().float())
             self.register_buffer("zero_point", weight.q_per_channel_zero_points().to(torch.int8))
         else:
             self.qparams = (weight.q_scale(), weight.q_zero_point(), -128, 127, torch.int8)
+
+    def forward(self) -> Tensor:
+        if self.per_channel:
+            return _OPERATORS.dequantize_per_channel(
+                self.integers, self.scale, self.zero_point, 0, -128, 127, torch.int8
+            )
+        return _OPERATORS.dequantize_per_tensor(self.integers, *self.qparams)
+
+
+class _FloatWeight(nn.Module):
+    """Channels with zero points of their own, which no runtime has in integers."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.dequantize().contiguous())
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class _Layer(Rounded):
+    """A convolution or a linear layer."""
+
+    def __init__(self, integer: Any) -> None:
+        super().__init__(integer)
+        weight, bias = integer._weight_bias()
+        per_channel = weight.qscheme() == torch.per_channel_affine
+        asymmetric = per_channel and bool(weight.q_per_channel_zero_points().any())
+        self.weight = _FloatWeight(weight) if asymmetric else _Weight(weight)
+        self.register_buffer("bias", None if bias is None else bias.detach())
         self.function, self.settings = _function_of(integer)
         self.padding: list[int] = []
         if getattr(integer, "padding_mode", "zeros") != "zeros":
-            self.padding, self.padding_mode = (
-                integer._reversed_padding_repeated_twice,
-                integer.padding_mode,
-            )
+            # last dimension first, as F.pad wants it
+            self.padding = [p for p in reversed(integer.padding) for _ in range(2)]
+            self.padding_mode = integer.padding_mode
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.per_channel:
-            weight = _OPERATORS.dequantize_per_channel(
-                self.weight, self.scale, self.zero_point, 0, -128, 127, torch.int8
-            )
-        else:
-            weight = _OPERATORS.dequantize_per_tensor(self.weight, *self.qparams)
         if self.padding:
             x = F.pad(x, self.padding, self.padding_mode)
-        return self.finish(self.function(x, weight, self.bias, *self.settings))
+        return self.finish(self.function(x, self.weight(), self.bias, *self.settings))
 
 
 def _function_of(layer: Any) -> tuple[Any, tuple[Any, ...]]:

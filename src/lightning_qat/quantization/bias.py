@@ -45,7 +45,8 @@ def _input_fake_quantisers(net: fx.GraphModule) -> dict[str, set[Any]]:
         source = of_value.get(node.all_input_nodes[0])
         if isinstance(module, _QAT_TYPES) and hasattr(module, "weight_fake_quant"):
             inputs.setdefault(str(node.target), set()).add(source)
-        own = getattr(module, "activation_post_process", module)
+        is_fake_quant = isinstance(module, tq.FakeQuantizeBase)  # behind a clamp
+        own = module if is_fake_quant else getattr(module, "activation_post_process", None)
         if isinstance(own, tq.FakeQuantizeBase):
             of_value[node] = own
         elif node.op != "get_attr" and keeps_scale(node, module):

@@ -13,7 +13,10 @@ from torch import nn
 from torch.ao import quantization as tq
 
 from lightning_qat.errors import UserError, checked_bool
-from lightning_qat.quantization.fake_quantize import KernelRangeFakeQuantize
+from lightning_qat.quantization.fake_quantize import (
+    KernelRangeFakeQuantize,
+    SymmetricFakeQuantize,
+)
 
 
 class KernelQConfig(tq.QConfig):
@@ -27,11 +30,7 @@ def _qconfig(
 ) -> KernelQConfig:
     # with_args, not functools.partial: prepare_qat moves only the former to the model's device
     activation = KernelRangeFakeQuantize if reduce_range else tq.FusedMovingAvgObsFakeQuantize
-    weight_observer = (
-        tq.MovingAveragePerChannelMinMaxObserver
-        if weight_per_channel
-        else tq.MovingAverageMinMaxObserver
-    )
+    weight_observer = tq.PerChannelMinMaxObserver if weight_per_channel else tq.MinMaxObserver
     qconfig = KernelQConfig(
         activation=activation.with_args(
             observer=tq.MovingAverageMinMaxObserver,
@@ -40,7 +39,7 @@ def _qconfig(
             dtype=torch.quint8,
             qscheme=torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine,
         ),
-        weight=tq.FusedMovingAvgObsFakeQuantize.with_args(
+        weight=SymmetricFakeQuantize.with_args(
             observer=weight_observer,
             quant_min=-128,
             quant_max=127,
@@ -48,7 +47,6 @@ def _qconfig(
             qscheme=torch.per_channel_symmetric
             if weight_per_channel
             else torch.per_tensor_symmetric,
-            averaging_constant=1,  # weights are known, not sampled: the range is always today's
         ),
     )
     qconfig.engine = engine

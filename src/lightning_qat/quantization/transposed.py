@@ -119,9 +119,9 @@ def _per_tensor(qconfig: tq.QConfig) -> Any:
     fake_quant = qconfig.weight()
     if fake_quant.qscheme in (torch.per_tensor_affine, torch.per_tensor_symmetric):
         return fake_quant
-    return qconfig.weight.with_args(
-        observer=tq.MovingAverageMinMaxObserver, qscheme=torch.per_tensor_symmetric
-    )()
+    fused = isinstance(fake_quant, tq.FusedMovingAvgObsFakeQuantize)
+    observer: Any = tq.MovingAverageMinMaxObserver if fused else tq.MinMaxObserver
+    return qconfig.weight.with_args(observer=observer, qscheme=torch.per_tensor_symmetric)()
 
 
 FUSED_TRANSPOSED: dict[tuple[type[nn.Module], ...], Any] = {
