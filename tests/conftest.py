@@ -22,6 +22,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore:{message}:{category.__name__}")
 
 
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every kind of exported file of one small network, see `artifacts.export`."""
+    from tests.deployment.artifacts import export  # imports torch
+
+    return export(tmp_path_factory.mktemp("exported"))
+
+
 @dataclass
 class Road:
     """The folder in which `train.py -m stage=fp32,ptq,qat data=digits` has left everything."""

@@ -79,7 +79,7 @@ def test_grey_and_transparent_images_become_rgb(root: Path) -> None:
     save(root / "train" / "blue" / "1.png", Image.new("RGBA", (8, 8), (10, 20, 30, 40)))
     images = set_up(root).load()[0].images
     assert images[0, 0, 0].tolist() == [70, 70, 70]
-    assert images[1, 0, 0].tolist() == [10, 20, 30]
+    assert images[1, 0, 0].tolist() == [217, 218, 220]  # on white
 
 
 def test_an_image_is_turned_as_its_exif_data_say(root: Path) -> None:

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import find_classes
-from torchvision.transforms.functional import center_crop, resize
 
 from lightning_qat.data.augment import PaddingMode
 from lightning_qat.data.image_datamodule import ImageDataModule, LabelledImages
+from lightning_qat.data.image_file import read_image
 from lightning_qat.data.progress import progress_bar
 from lightning_qat.errors import UserError, checked_path
 
@@ -91,7 +90,7 @@ class FolderDataModule(ImageDataModule):
             for image, (path, _) in zip(
                 images, progress.track(samples, description=description), strict=True
             ):
-                image[:] = np.asarray(_decode(path, self.image_size))
+                image[:] = np.asarray(read_image(path, self.image_size))
         labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
         return LabelledImages(torch.from_numpy(images), labels)
 
@@ -102,15 +101,3 @@ def _class_names(folder: Path) -> list[str]:
         return names
     except OSError as error:
         raise UserError(f"{folder} holds no class folders: {error}. {LAYOUT}") from error
-
-
-def _decode(path: str, size: int) -> Image.Image:
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
-    except Exception as error:  # a damaged image makes PIL raise nearly anything
-        raise UserError(
-            f"{path} cannot be decoded: {error}. Replace it with an intact image or remove it."
-        ) from error
-    square: Image.Image = center_crop(resize(image, [size]), [size, size])
-    return square

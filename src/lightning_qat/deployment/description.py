@@ -14,13 +14,13 @@ PIXELS = "uint8 pixels"
 
 @dataclass(frozen=True)
 class Description:
-    """What classifies what, from what, and how well.
+    """Where a file comes from, what goes in and what comes out.
 
     Attributes:
         classes: one name per logit.
+        max_value: the pixel value that stands for 1, where pixels go in.
         image_size: height and width of an image in pixels.
         input: ``UNIT`` or ``PIXELS``; N x 3 x height x width, RGB, in both cases.
-        max_value: the pixel value that stands for 1, where pixels go in.
         mean, std: the normalisation inside the model, per channel, of images in [0, 1].
         engine: the quantised engine of torch that a TorchScript file is packed for.
         accuracy: of this file on ``test_images`` test images, 0..1; None = not measured yet.
@@ -59,6 +59,19 @@ class Description:
         fields: Any = json.loads(text)
         known = {field.name for field in dataclasses.fields(cls)}
         try:
-            return cls(**{name: value for name, value in fields.items() if name in known})
+            described = cls(**{name: value for name, value in fields.items() if name in known})
+            described._check()
         except (AttributeError, TypeError) as error:
             raise ValueError(f"no description of lightning_qat: {error}") from error
+        return described
+
+    def _check(self) -> None:
+        """What images are made by, and classes named by, has to make sense."""
+        if not (
+            self.classes
+            and all(isinstance(name, str) for name in self.classes)
+            and self.image_size >= 1
+            and 1 <= self.max_value <= 255
+            and self.input in (UNIT, PIXELS)
+        ):
+            raise ValueError("a description with impossible values")

@@ -1,6 +1,7 @@
 """Exported files, loaded back and called alike: images in, logits out, whatever runs them."""
 
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,7 +39,8 @@ def load(path: str | Path, threads: int | None = None) -> Runtime:
         UserError: no such file, no such format, a damaged file, or OpenVINO is not installed.
     """
     path = Path(path)
-    kinds: dict[str, Any] = {".ts": TorchScript, ".onnx": OnnxRuntime, ".xml": OpenVino}
+    kinds: dict[str, Callable[[Path, int | None], Runtime]]
+    kinds = {".ts": TorchScript, ".onnx": OnnxRuntime, ".xml": OpenVino}
     if path.suffix not in kinds:
         raise UserError(
             f"{path} is no exported model: name a file that ends in {', '.join(kinds)}, such as "
@@ -51,10 +53,12 @@ def load(path: str | Path, threads: int | None = None) -> Runtime:
     except UserError:
         raise
     except Exception as error:  # each runtime has its own for a file that it cannot read
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        lines = str(error).splitlines() or [type(error).__name__]
+        # OpenVINO says first where in its own source code it noticed
+        reasons = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
         raise UserError(
-            f"{path} cannot be loaded: {reason} It is damaged, or not what its name says: export "
-            "it again."
+            f"{path} cannot be loaded: {(reasons or lines)[0].rstrip('.!')}. It is damaged, or not "
+            "what its name says: export it again."
         ) from error
 
 
@@ -62,7 +66,10 @@ class TorchScript:
     """A TorchScript file in this process's torch."""
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        self.description = _description(_extra_file(path))
+        self.description = _description(path, _extra_file(path))
+        # torch warns once that this is deprecated: here through Python, which filters it; inside
+        # torch.jit.load it would go to stderr
+        torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
         with quantised_engine(self.description.engine or torch.backends.quantized.engine):
             self._model = torch.jit.load(path)
 
@@ -85,7 +92,12 @@ class OnnxRuntime:
             path, options, providers=["CPUExecutionProvider"]
         )
         properties = self._session.get_modelmeta().custom_metadata_map
-        self.description = _description(properties.get(KEY))
+        self.description = _description(path, properties.get(KEY))
+        if (names := [node.name for node in self._session.get_inputs()]) != ["images"]:
+            raise UserError(
+                f"{path} takes in {', '.join(names)} instead of images: it has been changed since "
+                "its export; export it again."
+            )
 
     def __call__(self, images: Tensor) -> Tensor:
         """See ``Runtime``."""
@@ -105,10 +117,16 @@ class OpenVino:
                 "'lightning_qat[openvino]', or use the .onnx or .ts file beside it."
             ) from error
 
+        weights = path.with_suffix(".bin")
+        if not weights.is_file():
+            raise UserError(f"{weights} is missing, the weights of {path}: keep the two together.")
+        with path.open("rb") as file:
+            if b"<net " not in file.read(200):  # else OpenVINO tries TensorFlow's format, loudly
+                raise ValueError("it is no OpenVINO model")
         self._core = openvino.Core()
         self._model = self._core.read_model(path)
         text = self._model.get_rt_info([KEY]).value if self._model.has_rt_info([KEY]) else None
-        self.description = _description(text)
+        self.description = _description(path, text)
         # on CPUs with bfloat16, OpenVINO would compute in that what is not an integer
         self._settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
         if threads is not None:
@@ -136,11 +154,11 @@ def _extra_file(path: Path) -> str | None:
     return None
 
 
-def _description(text: str | None) -> Description:
+def _description(path: Path, text: str | None) -> Description:
     try:
         return Description.from_json(text or "null")
     except ValueError as error:
         raise UserError(
-            "it has no description by lightning_qat, so neither its classes nor its input are "
+            f"{path} has no description by lightning_qat, so neither its classes nor its input are "
             "known: export it with `python train.py stage=qat`."
         ) from error

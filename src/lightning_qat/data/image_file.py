@@ -1,0 +1,60 @@
+"""Image files of any kind become what networks are trained on: small squares of RGB."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.transforms.functional import center_crop, resize
+
+from lightning_qat.errors import UserError
+
+MOST_PIXELS = 2**26  # of a resized image before it is cut: 200 MB
+
+
+def read_image(path: str | Path, size: int) -> Image.Image:
+    """The first picture in an image file: RGB, 8 bits a channel, ``size`` x ``size`` pixels.
+
+    It is turned as its EXIF data say, laid on white where it is transparent, resized so that the
+    short side measures ``size``, and cut to the square in the middle.
+
+    Raises:
+        UserError: the file cannot be read, is no image, is damaged or too large.
+    """
+    try:
+        # Pillow warns about files that it reads all the same
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as file:
+            image = _rgb(ImageOps.exif_transpose(file), file.format)
+        # what the short side grows by, the long one grows by too
+        if size**2 * max(image.size) / min(image.size) > MOST_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are too long a strip")
+        square: Image.Image = center_crop(resize(image, [size]), [size, size])
+        return square
+    except Exception as error:  # a damaged image makes Pillow raise nearly anything
+        raise UserError(f"{path} {_what_is_wrong(error)}") from error
+
+
+def _rgb(image: Image.Image, format_: str | None) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and format_ in ("PNG", "PPM")):
+        # Pillow itself would cut off at 255; of 16-bit colours it takes the high byte, too
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("which of its 32-bit values is white is not known")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _what_is_wrong(error: Exception) -> str:
+    match error:
+        case UnidentifiedImageError():
+            return "is no image that can be read: name PNG, JPEG, WebP, GIF, BMP or TIFF files."
+        case Image.DecompressionBombError():
+            return f"is too large an image: {str(error).split(',')[0]}. Make it smaller."
+        case OSError(strerror=str()):
+            return f"cannot be read: {error.strerror}. Name image files."
+    return (
+        f"cannot be decoded: {str(error) or type(error).__name__}. Replace it with an intact image "
+        "of 8 or 16 bits a channel, or remove it."
+    )
