@@ -20,9 +20,7 @@ LAYOUT = "Put the images into root/train/<class>/ and root/test/<class>/."
 class FolderDataModule(ImageDataModule):
     """Images in `root/train/<class>/` and `root/test/<class>/`, decoded once into memory.
 
-    They are turned as their EXIF data say, brought to RGB, resized so that the short side
-    measures `image_size`, and cut to the square in the middle. An image takes
-    3 * image_size**2 bytes of memory.
+    `read_image` says how they become squares. An image takes 3 * image_size**2 bytes of memory.
 
     Args:
         root: folder that holds `train` and `test`, with the same classes.
