@@ -32,7 +32,7 @@ def test_every_layer_gives_the_integers_of_torchs_kernel(name: str, qconfig: str
     x = torch.randn(shape) * 3
     prepared: Any = trained(make(), x, qconfig)
     round_biases(prepared)
-    int8 = convert(prepared, qconfig)
+    int8: Any = convert(prepared, qconfig)
     if qconfig == "qnnpack" and "3d" in name:
         with pytest.raises(NotImplementedError, match="use qconfig='x86'"):
             qdq(int8)
