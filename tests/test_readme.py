@@ -10,19 +10,40 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import Road
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_callback_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (example,) = (
-        code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "fit(" in code
-    )
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.mark.slow
+def test_the_callback_example_runs_and_goes_on_to_onnx(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (example,) = (code for code in EXAMPLES if "fit(" in code)
+    (to_onnx,) = (code for code in EXAMPLES if "to_onnx" in code)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(example, names)
     assert names["logits"].shape == (1, 10)
     assert torch.isfinite(names["logits"]).all()
+    exec(to_onnx, names)
+    assert (tmp_path / "model.onnx").stat().st_size < 3e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["ts", "onnx", "xml"])
+def test_lines_that_load_a_file_give_its_class(
+    suffix: str, road: Road, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (lines,) = (code for code in EXAMPLES if f'"model_int8.{suffix}"' in code)
+    assert "from lightning_qat" not in lines
+    monkeypatch.chdir(road.job("qat"))
+    exec(lines, {"images": torch.rand(1, 3, 8, 8)})
+    assert capsys.readouterr().out.strip() in list("0123456789")
 
 
 def test_every_choice_in_the_readme_is_a_config_file() -> None:

@@ -37,7 +37,7 @@ def test_every_layer_gives_the_integers_of_torchs_kernel(name: str, qconfig: str
         with pytest.raises(NotImplementedError, match="use qconfig='x86'"):
             qdq(int8)
         return
-    scales = [m.scale for m in prepared.modules() if isinstance(m, tq.FakeQuantizeBase)]
+    scales: list[Any] = [m.scale for m in prepared.modules() if isinstance(m, tq.FakeQuantizeBase)]
     step = [scale for scale in scales if scale.numel() == 1][-1]
     with torch.no_grad():
         difference = (int8(x) - qdq(int8)(x)).abs() / step
