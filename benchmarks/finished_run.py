@@ -1,0 +1,168 @@
+"""The networks and files of a run that `train.py` has finished, for the benchmarks beside this."""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from lightning_qat.data.image_datamodule import ImageDataModule
+from lightning_qat.deployment import runtimes
+from lightning_qat.deployment.deployed import DeployedModel, torchscript
+from lightning_qat.deployment.description import Description
+from lightning_qat.deployment.onnx_export import save_onnx, to_onnx
+from lightning_qat.deployment.openvino_export import is_installed, save_openvino
+from lightning_qat.errors import UserError
+from lightning_qat.quantization.convert import Int8Model, quantised_engine
+
+FILES = {"torchscript": ".ts", "onnx": ".onnx", "openvino": ".xml"}
+
+Runtime = Callable[[Tensor], Tensor]
+# A fresh copy of a runtime that uses so many threads. Fresh, because torch's oneDNN convolutions
+# are fast only for the batch size that they meet first.
+Make = Callable[[int], Runtime]
+
+
+@dataclass
+class FinishedRun:
+    """What a run directory of `stage=ptq` or `stage=qat` holds.
+
+    Attributes:
+        datamodule: not set up.
+        fp32, int8: networks that take normalised images; ``int8`` is None where there is no
+            checkpoint to convert.
+        description: of the INT8 files.
+    """
+
+    folder: Path
+    datamodule: ImageDataModule
+    fp32: nn.Module
+    int8: Int8Model | None
+    description: Description
+
+    def deployed(self, net: nn.Module) -> DeployedModel:
+        """With this run's normalisation in front."""
+        return DeployedModel(net, self.datamodule.mean, self.datamodule.std)
+
+
+def read(folder: Path) -> FinishedRun:
+    """Compose what ``train.py`` composed, and load what it has left.
+
+    Raises:
+        UserError: this is no such directory, or something that it needs is gone.
+    """
+    settings = folder / ".hydra"
+    if not (folder / "model_int8.ts").is_file() or not (settings / "config.yaml").is_file():
+        raise UserError(
+            f"{folder} is no finished run of stage=qat or stage=ptq: name a directory that holds "
+            ".hydra/config.yaml and model_int8.ts, as train.py leaves it."
+        )
+    hydra = OmegaConf.load(settings / "hydra.yaml").hydra
+    OmegaConf.register_new_resolver("hydra", lambda key: OmegaConf.select(hydra, key), replace=True)
+    cfg: Any = OmegaConf.load(settings / "config.yaml")
+    cfg.fp32_ckpt = str(Path(hydra.runtime.cwd) / cfg.fp32_ckpt)  # may be relative to that
+    datamodule = instantiate(cfg.data, _convert_="all")
+
+    def fresh_module() -> Any:
+        return instantiate(
+            cfg.model,
+            num_classes=datamodule.num_classes,
+            mean=datamodule.mean,
+            std=datamodule.std,
+            _convert_="all",
+        )
+
+    checkpoints = [folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
+    trained = next(filter(Path.is_file, checkpoints), None)
+    int8 = None
+    if trained is not None:
+        callback = instantiate(cfg.callbacks.result)
+        callback.load(fresh_module(), trained)
+        int8 = callback.int8_model
+    return FinishedRun(
+        folder=folder,
+        datamodule=datamodule,
+        fp32=fresh_module().net.eval(),
+        int8=int8,
+        description=runtimes.load(folder / "model_int8.ts").description,
+    )
+
+
+def int8_artifacts(run: FinishedRun, skipped: dict[str, str]) -> dict[str, Make]:
+    """The files that the run has left, by name; what there is none of goes into ``skipped``."""
+    makes: dict[str, Make] = {}
+    for runtime, suffix in FILES.items():
+        path, name = run.folder / f"model_int8{suffix}", f"int8_{runtime}"
+        if not path.is_file():
+            skipped[name] = f"the run has left no {path.name}"
+        elif runtime == "openvino" and not _openvino_is_there(name, skipped):
+            continue
+        else:
+            makes[name] = of_file(path)
+    return makes
+
+
+def of_file(path: Path) -> Make:
+    """The model in an exported file."""
+    return lambda threads: runtimes.load(path, threads)
+
+
+def int8_eager(run: FinishedRun, skipped: dict[str, str]) -> dict[str, Make]:
+    """The converted network, as `callback.int8_model` gives it."""
+    int8 = run.int8
+    if int8 is None:
+        skipped["int8_eager"] = "stage=ptq leaves no checkpoint to convert"
+        return {}
+    model = run.deployed(int8)
+
+    def make(threads: int) -> Runtime:
+        with quantised_engine(int8.engine):  # a copy packs its weights again
+            return copy.deepcopy(model)
+
+    return {"int8_eager": make}
+
+
+def fp32_runtimes(run: FinishedRun, scratch: Path, skipped: dict[str, str]) -> dict[str, Make]:
+    """The float network in every runtime, by name.
+
+    Args:
+        scratch: a folder for the files that some of them are loaded from.
+        skipped: gets what is not possible here, and why.
+    """
+    # train.py holds its weights channels_last; eager is torch as it comes
+    model = run.deployed(run.fp32)
+    eager = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    makes: dict[str, Make] = {
+        "fp32_eager": lambda _: eager,
+        "fp32_channels_last": lambda _: (
+            lambda images: channels_last(images.contiguous(memory_format=torch.channels_last))
+        ),
+        "fp32_torchscript": lambda _: torchscript(copy.deepcopy(model)),
+    }
+    size = run.datamodule.image_size
+    proto = to_onnx(model, torch.rand(2, 3, size, size))
+    description = dataclasses.replace(run.description, qconfig=None, accuracy=None)
+    save_onnx(proto, scratch / "fp32.onnx", description)
+    makes["fp32_onnx"] = of_file(scratch / "fp32.onnx")
+    if _openvino_is_there("fp32_openvino", skipped):
+        save_openvino(proto, scratch / "fp32.xml", description)
+        makes["fp32_openvino"] = of_file(scratch / "fp32.xml")
+    if torch.cuda.is_available():
+        makes["fp32_cuda"] = lambda _: copy.deepcopy(model).cuda()
+    else:
+        skipped["fp32_cuda"] = "no GPU that torch can use"
+    return makes
+
+
+def _openvino_is_there(name: str, skipped: dict[str, str]) -> bool:
+    if not is_installed():
+        skipped[name] = "OpenVINO is not installed: pip install 'lightning_qat[openvino]'"
+        return False
+    return True
