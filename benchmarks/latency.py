@@ -36,7 +36,7 @@ from rich.progress import track
 from lightning_qat.deployment import runtimes
 from lightning_qat.deployment.latency import measure_latency
 from lightning_qat.errors import UserError
-from lightning_qat.report.runtimes import fastest, title
+from lightning_qat.report.titles import fastest, title
 
 BATCHES = [1, 8, 64, 256]
 NO_ARTIFACT = ("_eager", "_channels_last", "_cuda")  # nothing to hand over, or not for a CPU

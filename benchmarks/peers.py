@@ -40,8 +40,8 @@ from lightning_qat.deployment.description import KEY
 from lightning_qat.deployment.latency import measure_latency
 from lightning_qat.deployment.onnx_export import save_onnx
 from lightning_qat.errors import UserError
-from lightning_qat.report.runtimes import fastest, title
 from lightning_qat.report.table import sigma
+from lightning_qat.report.titles import fastest, title
 
 STAGE = Path(__file__).parents[1] / "conf" / "stage" / "ptq.yaml"
 
