@@ -1,8 +1,10 @@
-"""Write the README's table, plot and torchvision summary from the files in benchmarks/results/.
+"""Write the README's tables, plot and summaries from the files in benchmarks/results/.
 
 After a measurement on a quiet machine:
 
     python benchmarks/torchvision_models.py
+    python benchmarks/latency.py outputs/multiruns/<time>/<job>
+    python benchmarks/peers.py outputs/multiruns/<time>/<job>
     cp outputs/multiruns/<time>/<job>/metrics.json benchmarks/results/<name>/<stage>.json
     python benchmarks/readme.py
 """
@@ -14,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from record import origin_in_words
 
 from lightning_qat.report.table import sigma
+from lightning_qat.report.titles import fastest, runtime, title
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,14 +38,15 @@ def load() -> dict[str, dict[str, dict[str, Any]]]:
 def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """One row for each network of each result, FP32 first."""
     lines = [
-        "| ResNet18 | | test accuracy | agreement with fake-quant | size | 1 image, 1 thread |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| ResNet18 | | test accuracy | agreement | size | fastest | FP32 eager = 1 "
+        "| best FP32 = 1 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     notes = []
     for name, stages in results.items():
         label = name.replace("_", " ")
-        for title, stage, network in ROWS:
-            lines.append(_row(stages[stage], label if title == "FP32" else "", title, network))
+        for row, stage, network in ROWS:
+            lines.append(_row(stages[stage], label if row == "FP32" else "", row, network))
         qat = stages["qat"]
         where = qat["environment"]
         notes.append(
@@ -60,17 +65,23 @@ def _row(metrics: dict[str, Any], name: str, title: str, network: str) -> str:
     accuracy, images = metrics["accuracy"][network], metrics["test_images"]
     interval = 1.96 * sigma(accuracy, images)
     latency = metrics["latency_ms"]
-    # within one run, against the FP32 network as PyTorch runs it: eager
-    ratio = latency["fp32_eager"]["p50"] / latency[_runtime(network)]["p50"]
-    agreement = f"{metrics['agreement']['int8_vs_fake_quant']:.2%}" if network == "int8" else ""
+    best = _fastest(metrics, network)
+    best_fp32 = _fastest(metrics, "fp32")
+    agreement = ""
+    if network == "int8":
+        agreement = " / ".join(f"{share:.2%}" for share in metrics["agreement"].values())
     return (
         f"| {name} | {title} | {accuracy:.2%} ± {interval:.2%} | {agreement} "
-        f"| {metrics['size_bytes'][network] / 1e6:.1f} MB | {ratio:.1f}x |"
+        f"| {metrics['size_bytes'][network] / 1e6:.1f} MB | {runtime(best)} "
+        f"| {latency['fp32_eager']['p50'] / latency[best]['p50']:.1f}x "
+        f"| {latency[best_fp32]['p50'] / latency[best]['p50']:.1f}x |"
     )
 
 
-def _runtime(network: str) -> str:
-    return "fp32_eager" if network == "fp32" else "int8_torchscript"
+def _fastest(metrics: dict[str, Any], network: str) -> str:
+    best = fastest(metrics["latency_ms"], network)
+    assert best is not None
+    return best
 
 
 def _whole_road(command: str) -> str:
@@ -82,19 +93,19 @@ def plot(results: dict[str, dict[str, dict[str, Any]]]) -> None:
     plt.rcParams["svg.hashsalt"] = "lightning_qat"  # the same picture for the same figures
     figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
     for name, stages in results.items():
-        for (title, stage, network), marker in zip(ROWS, "osD", strict=True):
+        for (row, stage, network), marker in zip(ROWS, "osD", strict=True):
             metrics = stages[stage]
             accuracy = metrics["accuracy"][network]
             latency = metrics["latency_ms"]
             axes.errorbar(
-                latency["fp32_eager"]["p50"] / latency[_runtime(network)]["p50"],
+                latency["fp32_eager"]["p50"] / latency[_fastest(metrics, network)]["p50"],
                 100 * accuracy,
                 yerr=196 * sigma(accuracy, metrics["test_images"]),
                 marker=marker,
                 capsize=3,
-                label=f"{title}, {name.replace('_', ' ')}",
+                label=f"{row}, {name.replace('_', ' ')}",
             )
-    axes.set_xlabel("speed at 1 image on 1 thread, FP32 eager = 1")
+    axes.set_xlabel("speed of the fastest runtime at 1 image on 1 thread, FP32 eager = 1")
     axes.set_ylabel("test accuracy, %")
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize="small")
@@ -121,12 +132,81 @@ def torchvision_summary() -> str:
     )
 
 
+def latency_summary() -> str:
+    """The fastest artifact for each batch size and number of threads, of each model."""
+    parts = []
+    for file in sorted(RESULTS.glob("latency_*.json")):
+        result = json.loads(file.read_text())
+        parts += [
+            f"| {result['model']} | " + " | ".join(_cell_head(x) for x in result["cells"]) + " |",
+            "| --- |" + " --- |" * len(result["cells"]),
+            "| fastest | " + " | ".join(_fastest_in(x) for x in result["cells"]) + " |",
+            "| FP32 eager = 1 | " + _ratios(result, "over_fp32_eager") + " |",
+            "| best FP32 = 1 | " + _ratios(result, "over_best_fp32") + " |",
+            "",
+            f"{origin_in_words(result)} [All runtimes]({_tables(file)}).\n",
+        ]
+    return "\n".join(parts).rstrip()
+
+
+def _tables(file: Path) -> Path:
+    return file.with_suffix(".md").relative_to(ROOT)
+
+
+def _cell_head(cell: dict[str, Any]) -> str:
+    threads = cell["threads"]
+    return f"batch {cell['batch']}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _fastest_in(cell: dict[str, Any]) -> str:
+    return title(cell["recommendation"]["artifact"])
+
+
+def _ratios(result: dict[str, Any], name: str) -> str:
+    return " | ".join(f"{cell['recommendation'][name]:.1f}x" for cell in result["cells"])
+
+
+def peers_summary() -> str:
+    """Ours, the fastest and the most accurate of each peer, of each model."""
+    parts = []
+    for file in sorted(RESULTS.glob("peers_*.json")):
+        result = json.loads(file.read_text())
+        latency, shares = result["latency_ms"], result["accuracy"]
+        best_fp32 = fastest(latency, "fp32")
+        parts += [
+            f"| {result['model']}, 1 image, 1 thread | test accuracy | FP32 eager = 1 "
+            "| best FP32 = 1 |",
+            "| --- | --- | --- | --- |",
+        ]
+        for whose, prefix in (("ours", "int8"), ("NNCF PTQ", "nncf"), ("ONNX Runtime PTQ", "ort")):
+            names = [name for name in latency if name.startswith(prefix)]
+            by_speed = min(names, key=lambda name: latency[name]["p50"])
+            by_accuracy = max(names, key=lambda name: shares[name])
+            for what, name in (("fastest", by_speed), ("most accurate", by_accuracy)):
+                speed = latency[name]["p50"]
+                parts.append(
+                    f"| {whose}, {what}: `{name}` | {shares[name]:.2%} "
+                    f"| {latency['fp32_eager']['p50'] / speed:.1f}x "
+                    f"| {latency[best_fp32]['p50'] / speed:.1f}x |"
+                )
+        parts += [
+            "",
+            f"{origin_in_words(result)} [All of them]({_tables(file)}).\n",
+        ]
+    return "\n".join(parts).rstrip()
+
+
 def main() -> None:
     """Put all of it where the README has it."""
     results = load()
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for mark, content in (("results", table(results)), ("torchvision", torchvision_summary())):
+    for mark, content in (
+        ("results", table(results)),
+        ("latency", latency_summary()),
+        ("peers", peers_summary()),
+        ("torchvision", torchvision_summary()),
+    ):
         text = re.sub(
             rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)",
             lambda match, content=content: f"{match[1]}{content}\n{match[2]}",
