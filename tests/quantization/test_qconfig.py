@@ -122,6 +122,10 @@ def test_ptq_trains_nothing(tmp_path: Path) -> None:
     mean = module.net.block.bn1.running_mean
     mean_before = mean.clone()
     trainer_with(callback, folder=tmp_path, max_epochs=1).fit(module, loader())
-    assert all(torch.equal(parameter, value) for parameter, value in before)
+    for parameter, value in before:
+        if parameter.dim() > 1:
+            assert torch.equal(parameter, value)
+        else:  # biases are rounded to what kernels can hold, by half a step of a sum at most
+            assert torch.allclose(parameter, value, atol=1e-3)
     assert torch.equal(module.net.block.conv1.bn.running_mean, mean_before)
     assert module.automatic_optimization
