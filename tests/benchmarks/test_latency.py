@@ -1,17 +1,15 @@
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lightning_qat.deployment import latency
 from lightning_qat.deployment.deployed import DeployedModel, save_torchscript, torchscript
 from lightning_qat.deployment.description import PIXELS, UNIT, Description
 from lightning_qat.deployment.latency import LEAST_ROUNDS, measure_latency
@@ -42,61 +40,77 @@ DESCRIPTION = Description(
 )
 
 
-class Runtime:
-    """Takes so many seconds, and more while it is cold."""
+class Clock:
+    """Stands still but for what runtimes take: a measurement that no other process disturbs."""
 
-    def __init__(self, seconds: float, cold: float = 0.0, cold_calls: int = 0) -> None:
-        self.seconds, self.cold, self.cold_calls = seconds, cold, cold_calls
+    def __init__(self) -> None:
+        self.now = 0.0
         self.last: Any = None
-        self.since = 0
-        self.threads: set[int] = set()
 
-    def on(self, caller: list["Runtime"]) -> Callable[[Tensor], Tensor]:
-        def call(images: Tensor) -> Tensor:
-            self.since = self.since + 1 if caller and caller[-1] is self else 1
-            caller.append(self)
-            self.last = images
-            self.threads.add(torch.get_num_threads())
-            time.sleep(self.cold if self.since <= self.cold_calls else self.seconds)
-            return images
+    def perf_counter(self) -> float:
+        return self.now
 
-        return call
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
 
 
-def test_what_others_have_pushed_out_of_the_cache_does_not_count() -> None:
-    calls: list[Runtime] = []
-    runtimes = {"a": Runtime(1e-4, 5e-3, 4).on(calls), "b": Runtime(1e-4).on(calls)}
-    latency = measure_latency(runtimes, torch.rand(1, 3, 8, 8), 5, 1)
-    assert latency["a"]["p50"] < 1
-    assert latency["a"]["calls"] > LEAST_ROUNDS
+@dataclass(eq=False)
+class Runtime:
+    """Takes so many seconds, and more in the first calls after another one's."""
+
+    clock: Clock
+    seconds: float
+    cold: float = 0.0
+    cold_calls: int = 0
+    in_a_row: int = 0
+    calls: int = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.in_a_row = self.in_a_row + 1 if self.clock.last is self else 1
+        self.clock.last = self
+        self.calls += 1
+        self.clock.sleep(self.cold if self.in_a_row <= self.cold_calls else self.seconds)
+        return images
 
 
-def test_a_slow_runtime_ends_the_measurement_in_time() -> None:
-    calls: list[Runtime] = []
-    slow, fast = Runtime(0.1), Runtime(1e-4)
-    latency = measure_latency(
-        {"slow": slow.on(calls), "fast": fast.on(calls)}, torch.rand(2, 3, 8, 8), seconds=0.01
-    )
-    assert calls.count(slow) == 2 * LEAST_ROUNDS  # warm-up and measurement
-    assert latency["slow"]["calls"] == LEAST_ROUNDS
-    assert 100 <= latency["slow"]["p50"] <= latency["slow"]["p95"]
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(latency, "time", clock)
+    return clock
+
+
+def test_what_others_have_pushed_out_of_the_cache_does_not_count(clock: Clock) -> None:
+    cold, steady = Runtime(clock, 1e-4, 1e-3, 9), Runtime(clock, 2e-4)
+    figures = measure_latency({"a": cold, "b": steady}, torch.rand(1, 3, 8, 8), 5, 1)
+    assert figures["a"] == pytest.approx({"p50": 0.1, "p95": 0.1, "calls": 50})
+    assert figures["b"] == pytest.approx({"p50": 0.2, "p95": 0.2, "calls": 50})
+
+
+def test_a_slow_runtime_ends_the_measurement_in_time(clock: Clock) -> None:
+    slow, fast = Runtime(clock, 8.0), Runtime(clock, 1e-4)
+    figures = measure_latency({"slow": slow, "fast": fast}, torch.rand(2, 3, 8, 8), seconds=5)
+    assert slow.calls == 2 * LEAST_ROUNDS  # warm-up and measurement
+    assert figures["slow"] == pytest.approx({"p50": 8e3, "p95": 8e3, "calls": LEAST_ROUNDS})
 
 
 def test_torch_gets_the_threads_and_a_pixel_model_gets_pixels() -> None:
-    before, runtime = torch.get_num_threads(), Runtime(0)
-    call: Any = runtime.on([])
-    pixels = SimpleNamespace(input=PIXELS, max_value=16)
+    before, threads, seen = torch.get_num_threads(), set(), []
 
-    class PixelRuntime:
-        description = pixels
-        __call__ = staticmethod(call)
+    class PixelModel:
+        description = replace(DESCRIPTION, input=PIXELS, max_value=16)
+
+        def __call__(self, images: Tensor) -> Tensor:
+            threads.add(torch.get_num_threads())
+            seen.append(images)
+            return images
 
     images = torch.arange(17.0).div(16).view(1, 1, 1, 17)
-    measure_latency({"int8_onnx": PixelRuntime()}, images, 1, 1, threads=before + 1)
-    assert runtime.threads == {before + 1}
+    measure_latency({"int8_onnx": PixelModel()}, images, 1, 1, threads=before + 1)
+    assert threads == {before + 1}
     assert torch.get_num_threads() == before
-    assert runtime.last.dtype == torch.uint8
-    assert runtime.last.flatten().tolist() == list(range(17))
+    assert seen[0].dtype == torch.uint8
+    assert seen[0].flatten().tolist() == list(range(17))
 
 
 def benchmark(script: str, *args: Any) -> subprocess.CompletedProcess[str]:
@@ -129,9 +143,9 @@ def test_files_side_by_side_and_the_fastest_at_the_end(files: list[Path], tmp_pa
     result = json.loads(out.with_suffix(".json").read_text())
     assert [(cell["batch"], cell["threads"]) for cell in result["cells"]] == [(1, 1), (3, 1)]
     for cell in result["cells"]:
-        latency, best = cell["latency_ms"], cell["recommendation"]
-        assert [name.split()[1] for name in latency] == [str(path) for path in files]
-        p50 = {name: x["p50"] for name, x in latency.items()}
+        p50 = {name: x["p50"] for name, x in cell["latency_ms"].items()}
+        assert [name.split()[1] for name in p50] == [str(path) for path in files]
+        best = cell["recommendation"]
         assert p50[best["artifact"]] == min(p50.values())
         assert best["best_fp32"] == f"fp32_onnx {files[2]}"
         assert best["over_best_fp32"] == p50[best["best_fp32"]] / min(p50.values())
