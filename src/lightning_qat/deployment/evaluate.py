@@ -175,10 +175,15 @@ def _timed(
     models: dict[str, Any], fp32_files: dict[str, ExportedFile], files: dict[str, ExportedFile]
 ) -> dict[str, Any]:
     """What is timed on one thread, by the names of the contract; float images go in."""
-    timed = {"fp32_eager": models["fp32"]}
-    timed["fp32_channels_last"] = copy.deepcopy(models["fp32"]).to(
-        memory_format=torch.channels_last
-    )
+    # the trained network is channels_last; eager is torch as it comes
+    eager = copy.deepcopy(models["fp32"]).to(memory_format=torch.contiguous_format)
+    channels_last = copy.deepcopy(eager).to(memory_format=torch.channels_last)
+    timed: dict[str, Any] = {
+        "fp32_eager": eager,
+        "fp32_channels_last": lambda images: channels_last(
+            images.contiguous(memory_format=torch.channels_last)
+        ),
+    }
     timed |= {f"fp32_{name}": load(file.path, threads=1) for name, file in fp32_files.items()}
     if "int8" in models:
         timed["int8_eager"] = models["int8"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.atomic import atomic_path
+from lightning_qat.deployment.crop import crop_kernels
 from lightning_qat.deployment.description import KEY, Description
 from lightning_qat.deployment.qdq import qdq
 from lightning_qat.quantization.convert import Int8Model
@@ -23,7 +24,7 @@ def to_onnx(model: nn.Module, images: Tensor) -> onnx.ModelProto:
     Args:
         model: in eval mode; an INT8 network, one that holds some, or a float one. What is INT8
             becomes QuantizeLinear and DequantizeLinear, see ``qdq``.
-        images: what it takes in, two images or more.
+        images: what it takes in, two images or more; height and width are fixed to theirs.
 
     Raises:
         onnx.checker.ValidationError: the exporter's result is not valid ONNX.
@@ -53,6 +54,8 @@ def to_onnx(model: nn.Module, images: Tensor) -> onnx.ModelProto:
         )
     assert program is not None  # as it is where no file name is given
     proto = program.model_proto
+    crop_kernels(proto)
+    del proto.graph.value_info[:]  # shapes of weights that have been cropped
     onnx.checker.check_model(proto, full_check=True)
     return proto
 
