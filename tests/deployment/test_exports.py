@@ -14,6 +14,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.ao import quantization as tq
 
+from lightning_qat.deployment.accuracy import shortfalls
 from lightning_qat.deployment.deployed import DeployedModel
 from lightning_qat.deployment.description import KEY, PIXELS, UNIT, Description
 from lightning_qat.deployment.export import export
@@ -227,3 +228,43 @@ def test_other_networks_give_the_same_integers_in_onnx_runtime(name: str) -> Non
     one = (expected - expected.mean(0)).flatten()
     other = (torch.from_numpy(np.asarray(found)) - expected.mean(0)).flatten()
     assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.9
+
+
+def test_pixels_are_normalised_for_everything_that_reads_them(pixels: Tensor) -> None:
+    class ReadsTwice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) + (x * 0.1).sum(1, keepdim=True)
+
+    mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
+    normalised = (pixels.float() / 255 - mean) / std
+    int8 = int8_of(ReadsTwice(), normalised)
+    assert torch.equal(for_pixels(int8, 255, mean, std)(pixels), int8(normalised))
+
+
+def test_openvino_rounds_what_goes_into_a_difference(tmp_path: Path) -> None:
+    class Difference(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+            self.last = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.one(x) - self.other(x))
+
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 9, 9) * 2
+    int8 = int8_of(Difference(), x)
+    save_openvino(to_onnx(int8, x[:2]), tmp_path / "net.xml", describe())
+    with torch.no_grad():
+        different = (load(tmp_path / "net.xml")(x) - int8(x)).abs() > 1e-3
+    assert different.double().mean() < 0.01
+
+
+def test_files_for_pixels_have_the_bounds_of_those_for_floats() -> None:
+    accuracies = dict.fromkeys(["int8", "openvino", "openvino_uint8"], 0.8)
+    agreements = {"openvino_vs_int8": 0.997, "openvino_uint8_vs_int8": 0.997}
+    assert not shortfalls(accuracies, agreements, 10_000)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.ao import quantization as tq
 
 from lightning_qat.deployment.qdq import qdq
@@ -13,6 +13,18 @@ from lightning_qat.quantization.convert import convert
 from lightning_qat.quantization.prepare import prepare_qat
 from tests.quantization.test_layers import FUSED, Functional, chain, trained
 
+
+class OneCallClamped(nn.Module):
+    """A layer that is called twice, with ReLU behind the first call only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.conv(x).relu())
+
+
 CASES: dict[str, Any] = FUSED | {
     "functions": (Functional, (8, 3, 9, 9), 0),
     "sigmoid": (
@@ -20,6 +32,17 @@ CASES: dict[str, Any] = FUSED | {
         (8, 3, 9, 9),
         2,
     ),
+    "two clamps": (
+        lambda: chain(nn.Conv2d(3, 4, 3), nn.Hardtanh(-0.5, 0.5), nn.ReLU(), nn.Conv2d(4, 4, 3)),
+        (8, 3, 9, 9),
+        2,
+    ),
+    "clamped between two integers": (
+        lambda: chain(nn.Conv2d(3, 4, 3), nn.Hardtanh(-0.3, 0.3), nn.Conv2d(4, 4, 3)),
+        (8, 3, 9, 9),
+        2,
+    ),
+    "one call of two clamped": (OneCallClamped, (8, 3, 9, 9), 1),
     "tanh": (lambda: chain(nn.Conv2d(3, 4, 1), nn.Tanh(), nn.Conv2d(4, 4, 1)), (8, 3, 9, 9), 2),
 }
 

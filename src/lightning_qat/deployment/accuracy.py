@@ -52,7 +52,7 @@ def shortfalls(
     """Sentences that say where runtimes differ by more than they should; one image may always."""
     found = []
     for name, share in agreements.items():
-        bound = AGREEMENT.get(name, 1.0)
+        bound = AGREEMENT.get(name.replace("_uint8", ""), 1.0)
         if (1 - share) * images > max(1, (1 - bound) * images) + 1e-6:
             one, other = name.split("_vs_")
             found.append(

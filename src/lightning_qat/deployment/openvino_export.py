@@ -45,7 +45,9 @@ def _keep_every_rounding(proto: onnx.ModelProto) -> onnx.ModelProto:
     """
     proto = copy.deepcopy(proto)
     producers = {output: node for node in proto.graph.node for output in node.output}
-    summands = {name for node in proto.graph.node if node.op_type == "Add" for name in node.input}
+    summands = {
+        name for node in proto.graph.node if node.op_type in ("Add", "Sub") for name in node.input
+    }
     quantised = {producers[name].input[0] for name in summands if name in producers}
     nodes: list[onnx.NodeProto] = []
     for node in proto.graph.node:

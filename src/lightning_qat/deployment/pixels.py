@@ -61,7 +61,7 @@ def for_pixels(int8_model: Int8Model, max_value: int, mean: Tensor, std: Tensor)
     model = copy.deepcopy(int8_model)
     images = next(node for node in model.graph.nodes if node.op == "placeholder")
     (first, *others) = images.users
-    if first.target == "float":  # as it stands in front of a first quantisation
+    if first.target == "float" and not others:  # as it stands in front of a first quantisation
         (first, *others) = first.users
     module = model.get_submodule(str(first.target)) if first.op == "call_module" else None
     if isinstance(module, nnq.Quantize) and not others:

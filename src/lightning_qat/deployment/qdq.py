@@ -5,6 +5,7 @@ runtime makes of the pairs is up to it, but what they mean is what torch's integ
 """
 
 import copy
+from collections import Counter
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ def _round_what_stays_integer(model: fx.GraphModule) -> None:
     rounds: dict[fx.Node, nn.Module] = {}  # of the nodes that hold integers
     producers: dict[fx.Node, Rounded] = {}
     shapes = shape_nodes(model.graph)
+    calls = Counter(node.target for node in model.graph.nodes if node.op == "call_module")
     for node in list(model.graph.nodes):
         if node.op in ("output", "get_attr") or node in shapes:
             continue
@@ -71,7 +73,9 @@ def _round_what_stays_integer(model: fx.GraphModule) -> None:
         module = model.get_submodule(str(owner.target)) if named else None
         incoming = [rounds[source] for source in node.all_input_nodes if source in rounds]
         if isinstance(module, Rounded):
-            rounds[node], producers[node] = module.round, module
+            rounds[node] = module.round
+            if calls[node.target] <= 1:  # a clamp behind one call is none behind the others
+                producers[node] = module
         elif isinstance(module, Dequantise) or not incoming:
             continue
         elif type(module) in _FIXED:
@@ -103,8 +107,10 @@ def _insert_after(
 def _clamp_integers(producer: "Rounded", clamp: Any) -> None:
     """Clamp behind the rounding, as torch's integer kernels do."""
     scale, zero_point, *_ = producer.round.qparams
-    bounds = torch.tensor([-float("inf"), float("inf")])
-    low, high = clamp(bounds).div(scale).round().add(zero_point).clamp(0, 255).int().tolist()
+    low, high = producer.round.limits or (0, 255)
+    integers = torch.arange(low, high + 1, dtype=torch.uint8)
+    quantised = torch._make_per_tensor_quantized_tensor(integers, scale, zero_point)
+    low, high = (int(x) for x in clamp(quantised).int_repr().aminmax())
     if (low, high) != (0, 255):
         producer.round.limits = (low, high)
 
