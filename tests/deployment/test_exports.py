@@ -70,10 +70,10 @@ def model(pixels: Tensor) -> DeployedModel:
 def files(model: DeployedModel, pixels: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model.ts, .onnx, .xml for float images; pixels.ts, .onnx, .xml for raw ones."""
     folder = tmp_path_factory.mktemp("files")
-    export(model, folder / "model", describe(), (pixels / 255)[:2])
+    export(model, folder / "model", describe(), (pixels / 255)[:2], [])
     net: Any = model.net
     raw = for_pixels(net, 255, model.mean, model.std)
-    export(raw, folder / "pixels", describe(PIXELS), pixels[:2])
+    export(raw, folder / "pixels", describe(PIXELS), pixels[:2], [])
     return folder
 
 
@@ -187,7 +187,7 @@ def test_lines_that_load_a_file_do_load_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(files)
-    for file in export(model, files / "model", describe(), (pixels / 255)[:2]).values():
+    for file in export(model, files / "model", describe(), (pixels / 255)[:2], []).values():
         assert "lightning_qat" not in file.how_to_load
         exec(file.how_to_load, {})
         assert "[" in capsys.readouterr().out
@@ -203,7 +203,7 @@ def test_a_failed_export_leaves_what_was_there(
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError, match="no space left"):
-        export(model, files / "model", describe(), (pixels / 255)[:2])
+        export(model, files / "model", describe(), (pixels / 255)[:2], [])
     assert {path.name: path.read_bytes() for path in files.iterdir()} == before
 
 
@@ -245,23 +245,55 @@ def test_pixels_are_normalised_for_everything_that_reads_them(pixels: Tensor) ->
     assert torch.equal(for_pixels(int8, 255, mean, std)(pixels), int8(normalised))
 
 
-def test_openvino_rounds_what_goes_into_a_difference(tmp_path: Path) -> None:
-    class Difference(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.other = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
-            self.last = nn.Conv2d(4, 4, 1)
+class Difference(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.last = nn.Conv2d(4, 4, 1)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.one(x) - self.other(x))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.one(x) - self.other(x))
 
+
+class Clamped(Difference):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.clamp(self.one(x) * 1.5, -0.3, 0.4))
+
+
+class MeanOfPositions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.flatten(1, 2)).mean(1)
+
+
+@pytest.mark.parametrize("net", [Difference, Clamped, MeanOfPositions])
+def test_openvino_leaves_no_rounding_out(net: type[nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(16, 3, 9, 9) * 2
-    int8 = int8_of(Difference(), x)
+    int8 = int8_of(net(), x)
     save_openvino(to_onnx(int8, x[:2]), tmp_path / "net.xml", describe())
     with torch.no_grad():
         different = (load(tmp_path / "net.xml")(x) - int8(x)).abs() > 1e-3
     assert different.double().mean() < 0.01
+
+
+def test_a_format_that_cannot_be_made_does_not_cost_the_others(
+    model: DeployedModel, pixels: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise NotImplementedError("no such layer in ONNX")
+
+    monkeypatch.setattr("lightning_qat.deployment.export.to_onnx", fail)
+    failures: list[str] = []
+    files = export(model, tmp_path / "model", describe(), (pixels / 255)[:2], failures)
+    assert list(files) == ["torchscript"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model.ts"]
+    assert failures == [
+        "model.onnx could not be made, and so no OpenVINO file: no such layer in ONNX"
+    ]
 
 
 def test_files_for_pixels_have_the_bounds_of_those_for_floats() -> None:

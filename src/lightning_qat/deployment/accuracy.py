@@ -44,25 +44,26 @@ def agreement(logits: Tensor, others: Tensor) -> float:
 # What a runtime has to agree on; the best that was seen is 99.9 % and more for all of them.
 AGREEMENT = {"int8_vs_fake_quant": 0.999, "onnx_vs_int8": 0.999, "openvino_vs_int8": 0.995}
 ACCURACY = 0.001  # how far the accuracies of the same integers may lie apart
+CHANCE = 3  # so many images may have two best classes one rounding apart, on any test set
 
 
 def shortfalls(
     accuracies: dict[str, float], agreements: dict[str, float], images: int
 ) -> list[str]:
-    """Sentences that say where runtimes differ by more than they should; one image may always."""
+    """Sentences that say where runtimes differ by more than they should."""
     found = []
     for name, share in agreements.items():
         bound = AGREEMENT.get(name.replace("_uint8", ""), 1.0)
-        if (1 - share) * images > max(1, (1 - bound) * images) + 1e-6:
+        if (1 - share) * images > max(CHANCE, (1 - bound) * images) + 1e-6:
             one, other = name.split("_vs_")
             found.append(
                 f"{one} and {other} agree on {share:.2%} of the {images} test images, and should on"
-                f" {bound:.2%}: this CPU's kernels do not compute what was trained. See "
-                "`activation_range`, and try qconfig=x86."
+                f" {bound:.2%}: on this CPU {one} does not compute what was trained. Deploy a file "
+                "that does."
             )
     for name in accuracies:
         difference = accuracies[name] - accuracies["int8"]
-        if name != "fp32" and abs(difference) * images > max(1, ACCURACY * images) + 1e-6:
+        if name != "fp32" and abs(difference) * images > max(CHANCE, ACCURACY * images) + 1e-6:
             found.append(
                 f"{name} is {100 * difference:+.2f} points from int8, and should be within "
                 f"{100 * ACCURACY:.1f}."

@@ -18,6 +18,7 @@ from lightning_qat.deployment.description import PIXELS, UNIT, Description
 from lightning_qat.deployment.evidence import Evidence
 from lightning_qat.deployment.export import ExportedFile, export
 from lightning_qat.deployment.latency import measure_latency
+from lightning_qat.deployment.openvino_export import is_installed
 from lightning_qat.deployment.pixels import for_pixels
 from lightning_qat.deployment.runtimes import Runtime, load
 from lightning_qat.quantization.damage import layer_damage
@@ -58,13 +59,20 @@ def evaluate(
     one_image = images[:1].contiguous()  # the layout in which a user's image comes
     description = _describe(run, datamodule, networks.get("int8"))
     files: dict[str, ExportedFile] = {}
+    warnings: list[str] = []
     if "int8" in models:
-        exported = export(models["int8"], folder / "model_int8", description, images[:2])
+        exported = export(models["int8"], folder / "model_int8", description, images[:2], warnings)
+        if not is_installed():
+            log.info(
+                "OpenVINO is not installed, so there will be no model_int8.xml: pip install "
+                "'lightning_qat[openvino]' gives you one."
+            )
         files = {_FILE_KEYS[name]: file for name, file in exported.items()}
     with tempfile.TemporaryDirectory() as scratch:
-        fp32_files = export(models["fp32"], Path(scratch) / "model_fp32", description, images[:2])
+        stem = Path(scratch) / "model_fp32"
+        fp32_files = export(models["fp32"], stem, description, images[:2], warnings)
         if uint8_input and files:
-            files |= _export_for_pixels(models["int8"], datamodule, folder, description)
+            files |= _export_for_pixels(models["int8"], datamodule, folder, description, warnings)
         tested = {name: model for name, model in models.items() if name != "int8"}
         # one copy a use: oneDNN's convolutions are fast only for the batch size they meet first
         tested |= {name: _taking_floats(load(file.path)) for name, file in files.items()}
@@ -81,7 +89,6 @@ def evaluate(
         | {name: file.bytes for name, file in files.items()},
         "latency_ms": latency_ms,
     }
-    warnings: list[str] = []
     layers: list[dict[str, Any]] = []
     unlike = torch.empty(0, dtype=torch.int64)
     if files:
@@ -90,7 +97,7 @@ def evaluate(
             f"{name}_vs_{other}": agreement(logits[name], logits[other]) for name, other in pairs
         }
         figures["activation_range"] = activation_range(networks["fake_quant"])
-        warnings = shortfalls(accuracies, figures["agreement"], len(labels))
+        warnings += shortfalls(accuracies, figures["agreement"], len(labels))
         if figures["activation_range"]["saturates"]:
             warnings.append(
                 "activations have 8 bits and this CPU has no VNNI: sums saturate in the kernels of "
@@ -153,13 +160,17 @@ def _first_images(datamodule: ImageDataModule, loader: Any) -> Tensor:
 
 
 def _export_for_pixels(
-    model: DeployedModel, datamodule: ImageDataModule, folder: Path, description: Description
+    model: DeployedModel,
+    datamodule: ImageDataModule,
+    folder: Path,
+    description: Description,
+    warnings: list[str],
 ) -> dict[str, ExportedFile]:
     net: Any = for_pixels(model.net, datamodule.max_value, model.mean, model.std)  # type: ignore[arg-type]
     size = datamodule.image_size
     pixels = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     description = dataclasses.replace(description, input=PIXELS)
-    exported = export(net, folder / "model_int8_uint8", description, pixels)
+    exported = export(net, folder / "model_int8_uint8", description, pixels, warnings)
     return {f"{_FILE_KEYS[name]}_uint8": file for name, file in exported.items()}
 
 

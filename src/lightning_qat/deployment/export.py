@@ -1,7 +1,6 @@
 """One network as files for three runtimes."""
 
 import dataclasses
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +12,6 @@ from lightning_qat.deployment.deployed import save_torchscript, torchscript
 from lightning_qat.deployment.description import PIXELS, Description
 from lightning_qat.deployment.onnx_export import save_onnx, to_onnx
 from lightning_qat.deployment.openvino_export import is_installed, save_openvino
-
-log = logging.getLogger(__name__)
 
 # Without this package; {file} and {images} are filled in.
 _HOW_TO_LOAD = {
@@ -84,31 +81,43 @@ class ExportedFile:
 
 
 def export(
-    model: nn.Module, stem: Path, description: Description, images: Tensor
+    model: nn.Module, stem: Path, description: Description, images: Tensor, failures: list[str]
 ) -> dict[str, ExportedFile]:
     """Write ``model`` as ``stem``.ts, .onnx and, where OpenVINO is installed, .xml with .bin.
 
     Args:
         model: what it takes and gives is what the files will.
         images: two or more that it takes.
+        failures: gets a sentence for each file that could not be made of this network.
 
     Returns:
         By runtime: ``torchscript``, ``onnx``, ``openvino``.
+
+    Raises:
+        OSError: a file cannot be written.
     """
-    proto = to_onnx(model, images)
-    writers: dict[str, tuple[str, str, Callable[[Path, Description], int]]] = {
-        "torchscript": (".ts", "TorchScript", partial(save_torchscript, torchscript(model))),
-        "onnx": (".onnx", "ONNX Runtime", partial(save_onnx, proto)),
-    }
-    if is_installed():
-        writers["openvino"] = (".xml", "OpenVINO", partial(save_openvino, proto))
-    else:
-        log.info(
-            "OpenVINO is not installed, so there will be no %s.xml: pip install "
-            "'lightning_qat[openvino]' gives you one.",
-            stem.name,
+    path = stem.with_suffix
+    scripted = partial(save_torchscript, torchscript(model))
+    files = {"torchscript": ExportedFile(path(".ts"), "TorchScript", description, scripted)}
+    try:
+        proto = to_onnx(model, images)
+    except Exception as error:  # whatever the exporter raises that does not know an operation
+        failures.append(
+            f"{stem.name}.onnx could not be made, and so no OpenVINO file: {_first_line(error)}"
         )
-    return {
-        name: ExportedFile(stem.with_suffix(suffix), runtime, description, write)
-        for name, (suffix, runtime, write) in writers.items()
-    }
+        return files
+    written = partial(save_onnx, proto)
+    files["onnx"] = ExportedFile(path(".onnx"), "ONNX Runtime", description, written)
+    if is_installed():
+        try:
+            converted = partial(save_openvino, proto)
+            files["openvino"] = ExportedFile(path(".xml"), "OpenVINO", description, converted)
+        except OSError:
+            raise
+        except Exception as error:  # as above
+            failures.append(f"{stem.name}.xml could not be made: {_first_line(error)}")
+    return files
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -36,22 +36,25 @@ def save_openvino(proto: onnx.ModelProto, path: Path, description: Description) 
 
 
 def _keep_every_rounding(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of ``proto`` in which OpenVINO rounds what goes into a residual sum.
+    """A copy of ``proto`` in which OpenVINO leaves no rounding out.
 
     Where it fuses convolution, quantise, sum and quantise into one kernel, its CPU plugin leaves
     the first rounding out, if that comes right behind the convolution ("drop rounding one special
     residual pattern", dnnl_postops_composer.cpp): 16 % of the sums then come out one step off. A
-    leaky ReLU of slope 1, which changes nothing, stands between the two.
+    leaky ReLU of slope 1, which changes nothing, stands between the two. So it does in front of a
+    clip in float, and of a mean over one axis, which would swallow the rounding before them.
     """
     proto = copy.deepcopy(proto)
     producers = {output: node for node in proto.graph.node for output in node.output}
     summands = {
         name for node in proto.graph.node if node.op_type in ("Add", "Sub") for name in node.input
     }
+    is_int8 = any(node.op_type == "QuantizeLinear" for node in proto.graph.node)
     quantised = {producers[name].input[0] for name in summands if name in producers}
     nodes: list[onnx.NodeProto] = []
     for node in proto.graph.node:
-        if node.op_type == "QuantizeLinear" and node.output[0] in quantised:
+        rounds_a_summand = node.op_type == "QuantizeLinear" and node.output[0] in quantised
+        if is_int8 and (rounds_a_summand or _swallows_a_rounding(node, proto, producers)):
             same = f"{node.output[0]}_same"
             nodes.append(
                 onnx.helper.make_node("LeakyRelu", [node.input[0]], [same], same, alpha=1.0)
@@ -61,3 +64,14 @@ def _keep_every_rounding(proto: onnx.ModelProto) -> onnx.ModelProto:
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
     return proto
+
+
+def _swallows_a_rounding(
+    node: onnx.NodeProto, proto: onnx.ModelProto, producers: dict[str, onnx.NodeProto]
+) -> bool:
+    if node.op_type == "Clip":  # on integers it does not
+        return node.input[0] in producers and producers[node.input[0]].op_type != "QuantizeLinear"
+    axes = [x for x in proto.graph.initializer if x.name in node.input[1:]]
+    return (
+        node.op_type == "ReduceMean" and sum(onnx.numpy_helper.to_array(x).size for x in axes) == 1
+    )
