@@ -127,7 +127,8 @@ def torchvision_summary() -> str:
         f"modules; the INT8 TorchScript file is {statistics.median(ratios):.1f} times as fast as "
         f"the FP32 one in the median ({min(ratios):.1f} to {max(ratios):.1f}; 1 image, 1 thread, "
         f"random weights, seed 0, {where['cpu']} {'with' if where['vnni'] else 'without'} VNNI, "
-        f"torch {where['torch']}, {where['date']}: `python benchmarks/torchvision_models.py`). "
+        f"torch {where['torch']}, {where['date']}, commit {where['commit'][:10]}: "
+        "`python benchmarks/torchvision_models.py`). "
         "[Network by network](benchmarks/results/torchvision_models.md)."
     )
 
