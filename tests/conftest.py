@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import pytest
 
 from lightning_qat._torch_deprecations import FILTERS
@@ -18,6 +19,9 @@ TRAIN = Path(__file__).parents[1] / "train.py"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # OpenVINO brings absl along, whose handler closes the stream that pytest gave it when Hydra
+    # sets up its logging
+    absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
     for message, category in FILTERS:
         config.addinivalue_line("filterwarnings", f"ignore:{message}:{category.__name__}")
 

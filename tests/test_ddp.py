@@ -141,6 +141,7 @@ def test_a_single_run_leaves_one_folder_with_one_of_everything(
         "csv/hparams.yaml",
         "csv/metrics.csv",
         "metrics.json",
+        "report.html",
         "tensorboard/events",
         "tensorboard/hparams.yaml",
         "train.log",
