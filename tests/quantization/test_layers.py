@@ -134,9 +134,9 @@ def test_int8_is_what_was_trained(name: str, qconfig: str) -> None:
     integer = sum(count(model, kind) for kind in (*LAYERS, nnq.ConvTranspose3d))
     assert integer == (layers if isinstance(layers, int) else layers[qconfig])
     difference = steps_apart(prepared, model, x)
-    # where a steep activation follows, one step of qnnpack's convolution is up to three of its own
-    by_itself = name.endswith(("elu", "hardswish", "leaky"))
-    assert difference.max() < (3.5 if by_itself and qconfig == "qnnpack" else 1.5)
+    # one step of qnnpack's convolution, whose scale is 1.7 to 1.9 times that of these behind it
+    amplified = {"conv2d bn hardswish": 3.5, "conv2d bn leaky": 2.5}
+    assert difference.max() < (amplified.get(name, 1.5) if qconfig == "qnnpack" else 1.5)
     assert (difference < 0.5).double().mean() > 0.99
     if qconfig == "x86":
         assert torch.equal(torch.jit.script(model)(x), model(x))

@@ -292,4 +292,6 @@ def _in_float(integer: Any) -> nn.Module:
             return _Function(integer, batch_norm)
     if isinstance(integer, _LAYERS):
         return _Layer(integer)
-    raise NotImplementedError(f"{type(integer).__name__} has no form in floats yet")
+    raise NotImplementedError(
+        f"{type(integer).__name__} has no form in ONNX here: keep it in float"
+    )
