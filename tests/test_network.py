@@ -23,6 +23,8 @@ def classifier(num_classes: int, weights: Path | None) -> ImageClassifier:
         momentum=0.9,
         nesterov=True,
         weight_decay=0.0,
+        decay_all=False,
+        label_smoothing=0.0,
         weights=str(weights) if weights else None,
     )
 

@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_qat.checkpoint import load_weights
 from lightning_qat.errors import UserError, checked_bool, checked_float
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 LOSS_CHECK_EVERY = 50  # steps: looking at the loss makes a GPU wait
 
 
@@ -25,12 +26,18 @@ class ImageClassifier(pl.LightningModule):
         mean, std: normalisation of images in [0, 1], per channel.
         learning_rate: of SGD; with the one-cycle schedule its peak.
         momentum, nesterov, weight_decay: of SGD.
+        decay_all: let weight decay act on biases and batch-norm, too, not on the weights of layers
+            only (He et al., "Bag of Tricks for Image Classification", 2018, section 3.1).
+        label_smoothing: share of the training target that all classes get alike (Szegedy et al.,
+            "Rethinking the Inception Architecture", 2015, section 7).
         milestones: epochs that divide the learning rate by ten. None = one cycle (Smith and Topin,
             "Super-Convergence", 2018), stepped every batch.
         weights: checkpoint of this class, or state dict of ``net``, to start from.
         weights_hint: what to do where there is no such file, for the error message.
         starts_trained: ``weights`` must be there and of just this network and normalisation;
             otherwise published weights for other classes will do.
+        compile: mode of torch.compile for the network, such as ``default`` or ``reduce-overhead``
+            (CUDA graphs). None = eager.
     """
 
     mean: Tensor
@@ -46,20 +53,35 @@ class ImageClassifier(pl.LightningModule):
         momentum: float,
         nesterov: bool,
         weight_decay: float,
+        decay_all: bool,
+        label_smoothing: float,
         milestones: Sequence[int] | None = None,
         weights: str | None = None,
         weights_hint: str = "check the path.",
         starts_trained: bool = False,
+        compile: str | None = None,
     ) -> None:
         super().__init__()
         checked_float("model.learning_rate", learning_rate, lowest=0)
         checked_float("model.momentum", momentum, lowest=0)
         checked_float("model.weight_decay", weight_decay, lowest=0)
+        checked_bool("model.decay_all", decay_all)
+        checked_float("model.label_smoothing", label_smoothing, lowest=0)
+        if label_smoothing > 1:
+            raise UserError(f"model.label_smoothing={label_smoothing}: set it to 0 to 1.")
+        if compile not in (None, *COMPILE_MODES):
+            raise UserError(
+                f"model.compile={compile!r} does not exist: set it to null or to a mode of "
+                f"torch.compile: {', '.join(COMPILE_MODES)}."
+            )
         if checked_bool("model.nesterov", nesterov) and momentum == 0:
             raise UserError("model.nesterov=true needs a momentum: set model.momentum above 0.")
         if milestones is not None and not isinstance(milestones, Sequence):
             raise UserError(f"model.milestones={milestones!r}: set it to a list, such as [10,15].")
-        self.save_hyperparameters(ignore=["net", "weights", "weights_hint", "starts_trained"])
+        self.save_hyperparameters(
+            ignore=["net", "weights", "weights_hint", "starts_trained", "compile"]
+        )
+        self.compile_mode = compile
         # integer and float convolutions are both faster with channels last
         self.net = net(num_classes).to(memory_format=torch.channels_last)
         if weights is not None:
@@ -72,7 +94,8 @@ class ImageClassifier(pl.LightningModule):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.accuracy = nn.ModuleDict(
             {
-                stage: MulticlassAccuracy(num_classes, average="micro")
+                # looking at the labels first would make a GPU wait
+                stage: MulticlassAccuracy(num_classes, average="micro", validate_args=False)
                 for stage in ("fit", "val", "test")  # a module cannot hold a child named "train"
             }
         )
@@ -80,6 +103,11 @@ class ImageClassifier(pl.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Images N x 3 x H x W, float32 in [0, 1] -> logits N x ``num_classes``."""
         return self.net((images - self.mean) / self.std)
+
+    def on_fit_start(self) -> None:
+        """Compile the network, which callbacks may have replaced before."""
+        if self.compile_mode is not None:
+            self.net.compile(mode=self.compile_mode)
 
     def on_train_start(self) -> None:
         """A resumed one-cycle schedule has the length that it was planned with.
@@ -99,7 +127,7 @@ class ImageClassifier(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of a batch of (images, labels)."""
-        loss = self._loss(batch, "train", self.accuracy["fit"])
+        loss = self._loss(batch, "train", self.accuracy["fit"], self.hparams["label_smoothing"])
         if batch_idx % LOSS_CHECK_EVERY == 0:
             self._refuse_divergence(loss)
         return loss
@@ -119,12 +147,17 @@ class ImageClassifier(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """SGD over all parameters."""
         hparams = self.hparams
+        weights: dict[str, Any] = {"params": [x for x in self.parameters() if x.ndim > 1]}
+        others: dict[str, Any] = {"params": [x for x in self.parameters() if x.ndim <= 1]}
+        if not hparams["decay_all"]:
+            others["weight_decay"] = 0.0
         optimizer = torch.optim.SGD(
-            self.parameters(),
+            [weights, others],
             lr=hparams["learning_rate"],
             momentum=hparams["momentum"],
             nesterov=hparams["nesterov"],
             weight_decay=hparams["weight_decay"],
+            fused=self.device.type == "cuda" or None,
         )
         if hparams["milestones"] is not None:
             schedule: Any = torch.optim.lr_scheduler.MultiStepLR(optimizer, hparams["milestones"])
@@ -151,10 +184,12 @@ class ImageClassifier(pl.LightningModule):
                 f"{self.hparams['learning_rate']}) and start again."
             )
 
-    def _loss(self, batch: tuple[Tensor, Tensor], stage: str, accuracy: Any) -> Tensor:
+    def _loss(
+        self, batch: tuple[Tensor, Tensor], stage: str, accuracy: Any, smoothing: float = 0.0
+    ) -> Tensor:
         images, labels = batch
         logits = self(images)
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
         accuracy(logits, labels)
         self.log(f"{stage}/loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True)
         self.log(f"{stage}/accuracy", accuracy, prog_bar=True, on_step=False, on_epoch=True)

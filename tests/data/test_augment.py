@@ -1,7 +1,7 @@
-"""Crop and flip: exact, decided by (seed, epoch) alone, and fast."""
+"""Crop, flip and cutout: exact, decided by (seed, epoch) alone, and fast."""
 
+import itertools
 import time
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -9,17 +9,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_qat.data.augment import Augmentation
+from lightning_qat.data.augment import Augmentation, Flip, PaddingMode
 
-PaddingMode = Literal["reflect", "constant"]
 COUNT, SIZE = 200, 8
+FILL = [10, 20, 30]
 
 
 def make(
-    *, padding: int = 3, mode: PaddingMode = "reflect", flip: bool = True, seed: int = 0
+    *,
+    padding: int = 3,
+    mode: PaddingMode = "reflect",
+    flip: Flip = "random",
+    cutout: int = 0,
+    seed: int = 0,
 ) -> Augmentation:
     return Augmentation(
-        count=COUNT, size=SIZE, padding=padding, padding_mode=mode, flip=flip, seed=seed
+        count=COUNT,
+        size=SIZE,
+        padding=padding,
+        padding_mode=mode,
+        flip=flip,
+        cutout=cutout,
+        fill=FILL,
+        seed=seed,
     )
 
 
@@ -30,7 +42,7 @@ def images() -> Tensor:
 
 
 def all_augmentations(
-    image: NDArray[np.uint8], padding: int, mode: PaddingMode, flip: bool
+    image: NDArray[np.uint8], padding: int, mode: PaddingMode, flip: Flip
 ) -> dict[tuple[int, int, bool], bytes]:
     """Every (top, left, mirrored) of one image, the slow way."""
     padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode=mode)
@@ -39,16 +51,16 @@ def all_augmentations(
         for left in range(2 * padding + 1):
             crop = padded[top : top + SIZE, left : left + SIZE]
             made[top, left, False] = crop.tobytes()
-            if flip:
+            if flip != "none":
                 made[top, left, True] = crop[:, ::-1].tobytes()
     return made
 
 
 @pytest.mark.parametrize("padding", [0, 1, 3])
 @pytest.mark.parametrize("mode", ["reflect", "constant"])
-@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("flip", ["none", "random", "alternating"])
 def test_every_image_is_one_of_its_crops_and_all_kinds_occur(
-    images: Tensor, padding: int, mode: PaddingMode, flip: bool
+    images: Tensor, padding: int, mode: PaddingMode, flip: Flip
 ) -> None:
     augmentation = make(padding=padding, mode=mode, flip=flip)
     drawn = set()
@@ -59,7 +71,7 @@ def test_every_image_is_one_of_its_crops_and_all_kinds_occur(
             found = [kind for kind, content in kinds.items() if content == augmented.tobytes()]
             assert len(found) == 1
             drawn.add(found[0])
-    assert len(drawn) == (2 * padding + 1) ** 2 * (1 + flip)
+    assert len(drawn) == (2 * padding + 1) ** 2 * (1 if flip == "none" else 2)
 
 
 def test_the_same_seed_and_epoch_give_the_same_images_in_any_batch(images: Tensor) -> None:
@@ -89,8 +101,37 @@ def test_global_random_state_is_neither_used_nor_changed(images: Tensor) -> None
     assert torch.equal(make()(images, torch.arange(COUNT), 0), first)
 
 
-def test_without_crop_and_flip_the_images_stay_as_they_are(images: Tensor) -> None:
-    augmentation = make(padding=0, flip=False)
+def test_an_alternating_flip_shows_each_image_both_ways_in_any_two_epochs(images: Tensor) -> None:
+    augmentation = make(padding=0, flip="alternating")
+    epochs = [augmentation(images, torch.arange(COUNT), epoch) for epoch in range(4)]
+    for before, after in itertools.pairwise(epochs):
+        assert torch.equal(before, after.flip(2))
+    mirrored = (epochs[0] != images).flatten(1).any(1)
+    assert 0.3 < mirrored.float().mean() < 0.7
+
+
+@pytest.mark.parametrize("cutout", [1, 3, SIZE])
+def test_cutout_paints_one_square_anywhere_and_nothing_else(images: Tensor, cutout: int) -> None:
+    images = images.clamp(min=40)  # no pixel has the colour of the hole
+    augmentation = make(padding=0, flip="none", cutout=cutout)
+    corners, sides = set(), set()
+    for epoch in range(3):
+        result = augmentation(images, torch.arange(COUNT), epoch)
+        painted = (result == torch.tensor(FILL, dtype=torch.uint8)).all(-1)
+        assert torch.equal(result[~painted], images[~painted])
+        for mask in painted:
+            rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+            assert mask.sum() == len(rows) * len(columns), "not a rectangle"
+            corners.add((int(rows[0]), int(columns[0])))
+            sides.add(len(rows))
+    smallest = cutout - cutout // 2  # half of it is outside
+    assert min(sides) == smallest if cutout < SIZE else min(sides) == SIZE // 2
+    assert max(sides) == cutout
+    assert len(corners) > (1 if cutout == SIZE else SIZE)
+
+
+def test_without_any_augmentation_the_images_stay_as_they_are(images: Tensor) -> None:
+    augmentation = make(padding=0, flip="none")
     assert torch.equal(augmentation(images, torch.arange(COUNT), 0), images)
 
 
@@ -98,8 +139,8 @@ def test_without_crop_and_flip_the_images_stay_as_they_are(images: Tensor) -> No
 @pytest.mark.parametrize("mode", ["reflect", "constant"])
 def test_a_gpu_gives_the_same_images(images: Tensor, mode: PaddingMode) -> None:
     indices = torch.arange(COUNT)
-    on_gpu = make(mode=mode)(images.cuda(), indices.cuda(), 0)
-    assert torch.equal(on_gpu.cpu(), make(mode=mode)(images, indices, 0))
+    on_gpu = make(mode=mode, cutout=3)(images.cuda(), indices.cuda(), 0)
+    assert torch.equal(on_gpu.cpu(), make(mode=mode, cutout=3)(images, indices, 0))
 
 
 @pytest.mark.slow
@@ -107,7 +148,14 @@ def test_one_core_augments_more_than_ten_thousand_cifar_images_a_second() -> Non
     count, batch = 10_000, 256
     images = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8)
     augmentation = Augmentation(
-        count=count, size=32, padding=4, padding_mode="reflect", flip=True, seed=0
+        count=count,
+        size=32,
+        padding=4,
+        padding_mode="reflect",
+        flip="alternating",
+        cutout=12,
+        fill=FILL,
+        seed=0,
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -133,7 +133,7 @@ def test_a_last_batch_of_one_image_is_dropped_and_no_other(batch_size: int, last
 
 def test_a_trainer_gets_floats_and_augments_in_training_only(tmp_path: Path) -> None:
     recorder = Recorder()
-    datamodule = DigitsDataModule(crop_padding=2, flip=True)
+    datamodule = DigitsDataModule(crop_padding=2, flip="random")
     trainer = make_trainer(tmp_path, max_epochs=1)
     trainer.fit(recorder, datamodule=datamodule)
     trainer.test(recorder, datamodule=datamodule, verbose=False)
@@ -216,6 +216,9 @@ def test_a_gpu_gets_the_same_floats() -> None:
         ("seed", -1),
         ("crop_padding", -1),
         ("padding_mode", "mirror"),
+        ("flip", True),
+        ("cutout", -1),
+        ("cutout", 9),
         ("mean", [0.5]),
     ],
 )

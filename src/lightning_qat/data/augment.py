@@ -1,5 +1,6 @@
-"""Random crop and flip of whole uint8 batches, decided by (seed, epoch) alone."""
+"""Random crop, flip and cutout of whole uint8 batches, decided by (seed, epoch) alone."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 PaddingMode = Literal["reflect", "constant"]
+Flip = Literal["none", "random", "alternating"]
 
 
 def derived_seed(*keys: int) -> int:
@@ -16,7 +18,7 @@ def derived_seed(*keys: int) -> int:
 
 
 class Augmentation:
-    """Crops and flips the images of one data set.
+    """Crops, flips and cuts holes into the images of one data set.
 
     The draws of an epoch are made for all images at once, on the CPU: an image's crop depends
     neither on the batch it comes in, nor on the device, nor on what ran before.
@@ -26,7 +28,13 @@ class Augmentation:
         size: height and width of an image, in pixels.
         padding: pixels added on each side before a crop of `size` is taken; 0 = no crop.
         padding_mode: what is added: `reflect` (like numpy's) or `constant` (zeros).
-        flip: mirror every other image left-right.
+        flip: mirror left-right: none of the images (``none``); each with a chance of one half
+            (``random``); or each in every other epoch, from a random one of the first two on
+            (``alternating``: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024).
+        cutout: side in pixels of a square that is painted over, 0 = none; its centre is anywhere in
+            the image (DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks
+            with Cutout", 2017).
+        fill: the colour of that square, per channel, 0 to 255.
         seed: any non-negative integer.
     """
 
@@ -37,12 +45,15 @@ class Augmentation:
         size: int,
         padding: int,
         padding_mode: PaddingMode,
-        flip: bool,
+        flip: Flip,
+        cutout: int,
+        fill: Sequence[int],
         seed: int,
     ) -> None:
         self.count, self.size, self.padding, self.seed = count, size, padding, seed
         self.zero_pad = padding if padding_mode == "constant" else 0
-        self.max_flip = int(flip)
+        self.flip, self.cutout = flip, cutout
+        self._fill = torch.tensor(fill, dtype=torch.uint8)
         # pixel coordinate after padding -> pixel coordinate in what the gather reads from
         coordinates = np.arange(size + 2 * self.zero_pad)
         if padding_mode == "reflect":
@@ -51,7 +62,7 @@ class Augmentation:
         self._draws: tuple[int, Tensor] | None = None
 
     def __call__(self, images: Tensor, indices: Tensor, epoch: int) -> Tensor:
-        """Augment a batch; with neither crop nor flip, the batch itself is returned.
+        """Augment a batch; with nothing to do, the batch itself is returned.
 
         Args:
             images: uint8, N x size x size x C, on any device.
@@ -61,9 +72,10 @@ class Augmentation:
         Returns:
             uint8, N x size x size x C, on the same device.
         """
-        if not (self.padding or self.max_flip):
+        if not (self.padding or self.cutout or self.flip != "none"):
             return images
-        top, left, mirrored = self._drawn(epoch, images.device)[indices].unsqueeze(-1).unbind(1)
+        drawn = self._drawn(epoch, images.device)[indices].unsqueeze(-1)
+        top, left, mirrored, y, x = drawn.unbind(1)
         steps = torch.arange(self.size, device=images.device)
         rows = self._coordinates[top + steps]
         columns = self._coordinates[left + torch.where(mirrored > 0, self.size - 1 - steps, steps)]
@@ -75,14 +87,34 @@ class Augmentation:
         pixels = ((image_starts + rows) * width)[:, :, None] + columns[:, None, :]
         # one flat gather of whole pixels: over twice as fast as indexing with three tensors
         gathered = images.reshape(-1, channels).index_select(0, pixels.flatten())
-        return gathered.view(n, self.size, self.size, channels)
+        gathered = gathered.view(n, self.size, self.size, channels)
+        if self.cutout:
+            in_rows = (steps >= y) & (steps < y + self.cutout)
+            in_columns = (steps >= x) & (steps < x + self.cutout)
+            hole = (in_rows[:, :, None] & in_columns[:, None, :]).unsqueeze(-1)
+            gathered = torch.where(hole, self._fill, gathered)
+        return gathered
 
     def _drawn(self, epoch: int, device: torch.device) -> Tensor:
-        """Top, left and mirrored (0 or 1) of every image: int64, count x 3, cached per epoch."""
+        """Top, left, mirrored (0 or 1), and the hole's first row and column, which may be negative.
+
+        Of every image, int64, count x 5; cached for the epoch.
+        """
         if self._draws is None or self._draws[0] != epoch or self._draws[1].device != device:
             generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
-            highest = 2 * self.padding, 2 * self.padding, self.max_flip
-            columns = [torch.randint(h + 1, (self.count,), generator=generator) for h in highest]
-            self._draws = epoch, torch.stack(columns, dim=1).to(device)
+
+            def draw(highest: int) -> Tensor:
+                return torch.randint(highest + 1, (self.count,), generator=generator)
+
+            top, left, mirrored = draw(2 * self.padding), draw(2 * self.padding), draw(1)
+            if self.flip == "alternating":
+                generator_of_all_epochs = torch.Generator().manual_seed(derived_seed(self.seed))
+                first = torch.randint(2, (self.count,), generator=generator_of_all_epochs)
+                mirrored = (first + epoch) % 2
+            elif self.flip == "none":
+                mirrored = torch.zeros_like(mirrored)
+            y, x = (draw(self.size - 1) - self.cutout // 2 for _ in range(2))
+            self._draws = epoch, torch.stack((top, left, mirrored, y, x), dim=1).to(device)
             self._coordinates = self._coordinates.to(device)
+            self._fill = self._fill.to(device)
         return self._draws[1]

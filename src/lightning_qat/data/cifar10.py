@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lightning_qat.data.augment import PaddingMode
+from lightning_qat.data.augment import Flip, PaddingMode
 from lightning_qat.data.cifar10_cache import build_cache, read_cache
 from lightning_qat.data.cifar10_records import CIFAR10_SHA1, TEST_BATCH, TRAIN_BATCHES, unpacked
 from lightning_qat.data.image_datamodule import ImageDataModule, LabelledImages
@@ -46,7 +46,8 @@ class CIFAR10DataModule(ImageDataModule):
         std: Sequence[float] = (0.2470, 0.2435, 0.2616),
         crop_padding: int = 4,
         padding_mode: PaddingMode = "reflect",
-        flip: bool = True,
+        flip: Flip = "random",
+        cutout: int = 0,
     ) -> None:
         super().__init__(
             class_names=CIFAR10_CLASSES,
@@ -59,6 +60,7 @@ class CIFAR10DataModule(ImageDataModule):
             crop_padding=crop_padding,
             padding_mode=padding_mode,
             flip=flip,
+            cutout=cutout,
         )
         self.root = Path(checked_path("data.root", root)).expanduser()
         self.sha1 = dict(sha1)

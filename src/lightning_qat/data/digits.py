@@ -6,7 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from lightning_qat.data.augment import PaddingMode
+from lightning_qat.data.augment import Flip, PaddingMode
 from lightning_qat.data.image_datamodule import ImageDataModule, LabelledImages
 
 # of the pixels / 16 of the 1437 training images
@@ -32,7 +32,8 @@ class DigitsDataModule(ImageDataModule):
         std: Sequence[float] = (DIGITS_STD,) * 3,
         crop_padding: int = 1,
         padding_mode: PaddingMode = "constant",
-        flip: bool = False,
+        flip: Flip = "none",
+        cutout: int = 0,
     ) -> None:
         super().__init__(
             class_names=[str(digit) for digit in range(10)],
@@ -45,6 +46,7 @@ class DigitsDataModule(ImageDataModule):
             crop_padding=crop_padding,
             padding_mode=padding_mode,
             flip=flip,
+            cutout=cutout,
         )
 
     def load(self) -> tuple[LabelledImages, LabelledImages]:

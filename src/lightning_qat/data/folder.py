@@ -8,7 +8,7 @@ import torch
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import find_classes
 
-from lightning_qat.data.augment import PaddingMode
+from lightning_qat.data.augment import Flip, PaddingMode
 from lightning_qat.data.image_datamodule import ImageDataModule, LabelledImages
 from lightning_qat.data.image_file import read_image
 from lightning_qat.data.progress import progress_bar
@@ -45,7 +45,8 @@ class FolderDataModule(ImageDataModule):
         std: Sequence[float] = (0.229, 0.224, 0.225),
         crop_padding: int = 4,
         padding_mode: PaddingMode = "reflect",
-        flip: bool = True,
+        flip: Flip = "random",
+        cutout: int = 0,
     ) -> None:
         self.root = Path(checked_path("data.root", root)).expanduser()
         super().__init__(
@@ -59,6 +60,7 @@ class FolderDataModule(ImageDataModule):
             crop_padding=crop_padding,
             padding_mode=padding_mode,
             flip=flip,
+            cutout=cutout,
         )
 
     def load(self) -> tuple[LabelledImages, LabelledImages]:

@@ -12,8 +12,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lightning_qat.data.augment import Augmentation, PaddingMode, derived_seed
-from lightning_qat.errors import UserError, checked_bool, checked_int
+from lightning_qat.data.augment import Augmentation, Flip, PaddingMode, derived_seed
+from lightning_qat.errors import UserError, checked_int
 
 EVAL_BATCH_SIZE = 250  # without gradients, larger batches fit
 
@@ -65,7 +65,8 @@ class ImageDataModule(pl.LightningDataModule):
         mean, std: per channel, of images in [0, 1]. Only kept here: the network normalises.
         crop_padding: pixels around an image before a random crop; 0 = no crop.
         padding_mode: `reflect` or `constant` (zeros).
-        flip: mirror training images left-right at random.
+        flip: of training images, left-right: `none`, `random` or `alternating`.
+        cutout: side of a square of the mean colour somewhere in each training image; 0 = none.
 
     Raises:
         UserError: a value out of its range.
@@ -86,7 +87,8 @@ class ImageDataModule(pl.LightningDataModule):
         std: Sequence[float],
         crop_padding: int,
         padding_mode: PaddingMode,
-        flip: bool,
+        flip: Flip,
+        cutout: int,
     ) -> None:
         super().__init__()
         self.class_names = list(class_names)
@@ -101,7 +103,12 @@ class ImageDataModule(pl.LightningDataModule):
                 f"padding_mode={padding_mode!r} does not exist: set it to 'reflect' or 'constant'."
             )
         self.padding_mode: PaddingMode = padding_mode
-        self.flip = checked_bool("flip", flip)
+        if flip not in ("none", "random", "alternating"):
+            raise UserError(
+                f"flip={flip!r} does not exist: set it to 'none', 'random' or 'alternating'."
+            )
+        self.flip: Flip = flip
+        self.cutout = checked_int("cutout", cutout, lowest=0, highest=image_size)
         self.mean = tuple(float(value) for value in mean)
         self.std = tuple(float(value) for value in std)
         if len(self.mean) != 3 or len(self.std) != 3:
@@ -132,6 +139,8 @@ class ImageDataModule(pl.LightningDataModule):
             padding=self.crop_padding,
             padding_mode=self.padding_mode,
             flip=self.flip,
+            cutout=self.cutout,
+            fill=[round(self.max_value * value) for value in self.mean],
             seed=self.seed,
         )
         self._is_loaded = True
@@ -152,6 +161,7 @@ class ImageDataModule(pl.LightningDataModule):
             # batch-norm cannot train on one image; more than one are worth keeping
             drop_last=self.batch_size > 1 and len(sampler) % self.batch_size == 1,
             collate_fn=_as_fetched,
+            pin_memory=torch.cuda.is_available(),
         )
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
@@ -179,12 +189,17 @@ class ImageDataModule(pl.LightningDataModule):
         if self.trainer is not None and self.trainer.training:
             images = self._augmentation(images, indices, self.trainer.current_epoch)
         # a tensor as divisor: by a Python number, CUDA multiplies with the rounded reciprocal
-        scale = torch.tensor(float(self.max_value), device=images.device)
+        scale = torch.full((), self.max_value, dtype=torch.float32, device=images.device)
         return images.permute(0, 3, 1, 2).float().div_(scale), labels
 
     def _eval_dataloader(self, dataset: ImageSubset) -> DataLoader[Batch]:
         batch_size = max(self.batch_size, EVAL_BATCH_SIZE)
-        return DataLoader(dataset, batch_size=batch_size, collate_fn=_as_fetched)
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            collate_fn=_as_fetched,
+            pin_memory=torch.cuda.is_available(),
+        )
 
     def _split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Choose the training and the validation images: indices, int64, ascending."""
