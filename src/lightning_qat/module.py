@@ -107,6 +107,8 @@ class ImageClassifier(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Compile the network, which callbacks may have replaced before."""
         if self.compile_mode is not None:
+            # fake-quantised layers are classes of torch.ao, which it would leave to Python
+            torch._dynamo.config.dont_skip_tracing = True
             self.net.compile(mode=self.compile_mode)
 
     def on_train_start(self) -> None:

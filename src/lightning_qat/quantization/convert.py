@@ -13,6 +13,7 @@ from torch.ao.nn.quantized import FloatFunctional
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from lightning_qat.errors import UserError
+from lightning_qat.quantization.conv_bn import as_torchs_own
 from lightning_qat.quantization.functions import float_functional_of
 from lightning_qat.quantization.kernels import INTEGER_LAYERS, is_off_in_evaluation
 from lightning_qat.quantization.trace import BY_MODE
@@ -134,6 +135,7 @@ def _clamp_after_rounding(model: fx.GraphModule) -> None:
 def _fold_what_torch_does_not(model: fx.GraphModule) -> None:
     """Transposed convolutions, and convolutions with batch-norm that stay in float."""
     for name, module in list(model.named_modules()):
+        as_torchs_own(module)
         folded: nn.Module | None = None
         if isinstance(module, FakeQuantConvTranspose):
             folded = module.to_float()

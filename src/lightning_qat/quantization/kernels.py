@@ -11,11 +11,13 @@ from torch.ao.nn import qat as nnqat
 from torch.ao.nn import quantized as nnq
 from torch.ao.nn.intrinsic import BNReLU2d, BNReLU3d, _FusedModule
 
+from lightning_qat.quantization.conv_bn import QAT_WITH_BATCH_NORM
 from lightning_qat.quantization.transposed import FakeQuantConvTranspose, FloatConvTransposeBn
 
 # Layer -> its form with fake-quantised weights, and that -> its integer form.
 QAT_LAYERS: dict[Any, Any] = {
     **tq.get_default_qat_module_mappings(),
+    **QAT_WITH_BATCH_NORM,
     nn.Conv1d: nnqat.Conv1d,  # torch has the class and leaves it out of its mapping
     nn.ConvTranspose1d: FakeQuantConvTranspose,
     nn.ConvTranspose2d: FakeQuantConvTranspose,

@@ -155,17 +155,11 @@ def _check_overrides(
 
 @torch.no_grad()
 def _initialise_weight_scales(prepared: nn.Module) -> None:
-    """Give buffers their final shapes now: averaging callbacks and DDP copy them before training.
-
-    A batch-norm weight of zero, as zero_init_residual sets, needs torch's slow path.
-    """
+    """Give buffers their final shapes: averaging callbacks and DDP copy them before training."""
     for module in prepared.modules():
         layer: Any = module
         if isinstance(getattr(layer, "weight_fake_quant", None), tq.FakeQuantizeBase):
             layer.weight_fake_quant(layer.weight)
-        if hasattr(layer, "_enable_slow_path_for_better_numerical_stability"):
-            divides_by_zero = not layer.bn.weight.all()
-            layer._enable_slow_path_for_better_numerical_stability = bool(divides_by_zero)
 
 
 def _restore_modes(prepared: nn.Module, modes: dict[str, bool], fused: list[list[str]]) -> None:

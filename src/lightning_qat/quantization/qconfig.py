@@ -15,6 +15,7 @@ from torch.ao import quantization as tq
 from lightning_qat.errors import UserError, checked_bool
 from lightning_qat.quantization.fake_quantize import (
     KernelRangeFakeQuantize,
+    MovingAverageObserver,
     SymmetricFakeQuantize,
 )
 
@@ -29,11 +30,10 @@ def _qconfig(
     engine: str, *, reduce_range: bool, weight_per_channel: bool, symmetric: bool = False
 ) -> KernelQConfig:
     # with_args, not functools.partial: prepare_qat moves only the former to the model's device
-    activation = KernelRangeFakeQuantize if reduce_range else tq.FusedMovingAvgObsFakeQuantize
     weight_observer = tq.PerChannelMinMaxObserver if weight_per_channel else tq.MinMaxObserver
     qconfig = KernelQConfig(
-        activation=activation.with_args(
-            observer=tq.MovingAverageMinMaxObserver,
+        activation=KernelRangeFakeQuantize.with_args(
+            observer=MovingAverageObserver,
             quant_min=0,
             quant_max=127 if reduce_range else 255,
             dtype=torch.quint8,

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.ao import quantization as tq
 from torch.ao.nn.intrinsic import _FusedModule
 
+from lightning_qat.quantization.conv_bn import folded, unfolded_fake_quant
+
 
 class FloatConvTransposeBn(_FusedModule):
     """What ``fuse_modules_qat`` puts in place of the two, before fake-quantisers exist."""
@@ -62,11 +64,12 @@ class FakeQuantConvTranspose(nn.modules.conv._ConvTransposeNd):
         """Convolve with the fake-quantised weight; in training normalise by the batch."""
         if self.bn is None:
             return self._convolve(input, self.weight_fake_quant(self.weight), self.bias)
-        factor = self.bn.weight / torch.sqrt(self.bn.running_var + self.bn.eps)
-        weight = self.weight_fake_quant(self.weight * self._per_output_channel(factor))
-        shape = (1, -1) + (1,) * len(self.kernel_size)
-        x = self._convolve(input, weight, None) / factor.reshape(shape)
-        return self.bn(x if self.bias is None else x + self.bias.reshape(shape))
+        by_output = self._per_output_channel
+        if self.bn.training:
+            weight = unfolded_fake_quant(self.weight, self.bn, self.weight_fake_quant, by_output)
+            return self.bn(self._convolve(input, weight, self.bias))
+        weight, bias = folded(self.weight, self.bias, self.bn, by_output)
+        return self._convolve(input, self.weight_fake_quant(weight), bias)
 
     def to_float(self) -> nn.Module:
         """The plain layer with batch-norm folded in, which ``convert`` knows."""
@@ -85,9 +88,7 @@ class FakeQuantConvTranspose(nn.modules.conv._ConvTransposeNd):
         bias = torch.zeros(self.out_channels) if self.bias is None else self.bias.detach()
         weight = self.weight.detach()
         if self.bn is not None:
-            factor = self.bn.weight / torch.sqrt(self.bn.running_var + self.bn.eps)
-            weight = weight * self._per_output_channel(factor)
-            bias = (bias - self.bn.running_mean) * factor + self.bn.bias
+            weight, bias = folded(weight, bias, self.bn, self._per_output_channel)
         plain.weight, plain.bias = nn.Parameter(weight), nn.Parameter(bias)
         fake_quant = self.weight_fake_quant
         plain.qconfig = tq.QConfig(activation=None, weight=lambda: fake_quant)
