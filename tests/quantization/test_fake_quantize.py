@@ -118,10 +118,8 @@ def test_no_step_makes_a_gpu_wait(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_fake_quantised_network_compiles_to_one_graph_with_the_same_numbers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "dont_skip_tracing", True)
+@torch._dynamo.config.patch(dont_skip_tracing=True)  # as `model.compile` does
+def test_the_fake_quantised_network_compiles_to_one_graph_with_the_same_numbers() -> None:
     net = prepare_qat(resnet18(10, "imagenet").train(), x86(), "x86")
     compiled = copy.deepcopy(net)
     compiled.compile(backend="aot_eager", fullgraph=True)

@@ -119,7 +119,7 @@ def test_everything_in_float_is_refused(tmp_path: Path) -> None:
 
 def test_a_list_of_chains_is_fused_and_nothing_else(tmp_path: Path) -> None:
     module, callback = fit(tmp_path, fuse=[["stem.0", "stem.1"]])
-    assert type(module.net.get_submodule("stem.0")) is nniqat.ConvBn2d
+    assert isinstance(module.net.get_submodule("stem.0"), nniqat.ConvBn2d)
     assert type(callback.int8_model.get_submodule("block.bn1")) is nnq.BatchNorm2d
     assert agreement(module, callback) > 0.9  # batch-norm by itself rounds once more
 
