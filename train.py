@@ -21,7 +21,7 @@ def main(cfg: DictConfig) -> None:
     from lightning_qat.checkpoint import check_resumable
     from lightning_qat.deployment.evaluate import evaluate
     from lightning_qat.errors import checked_int
-    from lightning_qat.report.environment import environment
+    from lightning_qat.report.environment import environment, peak_memory
     from lightning_qat.report.layers import write_layers_csv
     from lightning_qat.report.metrics import write_metrics
     from lightning_qat.report.page import write_report
@@ -59,12 +59,13 @@ def main(cfg: DictConfig) -> None:
         "qconfig": choices["qconfig"] if "qconfig" in cfg.callbacks.result else None,
         "seed": cfg.seed,
         "epochs": trainer.current_epoch if trainer.global_step else 0,  # calibration trains none
+        "training": {"seconds": callbacks["timer"].time_elapsed("train")},
         "command": shlex.join(["python", "train.py", *HydraConfig.get().overrides.task]),
         "environment": environment(),
     }
     networks = callbacks["result"].networks
     figures, evidence = evaluate(networks, datamodule, folder, run, cfg.uint8_input)
-    metrics = run | figures
+    metrics = run | figures | {"peak_bytes": peak_memory()}
     write_metrics(metrics, folder)
     write_layers_csv(evidence.layers, folder)
     write_report(metrics, evidence, folder)

@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,22 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def peak_memory() -> dict[str, int | None]:
+    """The most that this process has held so far, in bytes.
+
+    Returns:
+        ``rss``: in memory, None on Windows; ``gpu``: allocated by torch, None without a GPU.
+    """
+    rss = None
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return {"rss": rss, "gpu": gpu}
 
 
 def _cpu_name() -> str:
