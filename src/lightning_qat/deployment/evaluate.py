@@ -4,7 +4,8 @@ import copy
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,22 @@ SAMPLES = 24  # pictures in the report
 _FILE_KEYS = {"torchscript": "int8", "onnx": "onnx", "openvino": "openvino"}
 
 
+@contextmanager
+def _any_algorithm() -> Iterator[None]:
+    """Let integer kernels run where ``trainer.deterministic`` is set.
+
+    torch would refuse a resize in them, although they give the same numbers every time.
+    """
+    asked = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(asked, warn_only=warn_only)
+
+
+@_any_algorithm()
 def evaluate(
     networks: dict[str, nn.Module],
     datamodule: ImageDataModule,

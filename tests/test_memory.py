@@ -1,0 +1,52 @@
+"""Training holds no more than its budget: counted, as there may be no GPU to ask."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_qat.data import DigitsDataModule
+from lightning_qat.network import resnet18
+from lightning_qat.quantization.prepare import prepare_qat
+from lightning_qat.quantization.qconfig import x86
+
+
+def kept_for_backward(net: nn.Module, batch_size: int) -> int:
+    """Bytes of the tensors that the backward pass of one step needs, weights left out."""
+    weights = {x.untyped_storage().data_ptr() for x in net.parameters()}
+    found: dict[int, int] = {}
+    alive: list[Tensor] = []  # or an address would be used again
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(x)
+        return x
+
+    images = torch.rand(batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        F.cross_entropy(net(images), torch.zeros(batch_size, dtype=torch.int64))
+    return sum(found.values())
+
+
+@pytest.mark.parametrize(("stage", "budget"), [("fp32", 2.5e9), ("qat", 4.5e9)])
+def test_512_images_a_step_fit_in_8_gb(stage: str, budget: float) -> None:
+    net: Any = resnet18(10).to(memory_format=torch.channels_last).train()
+    if stage == "qat":
+        net = prepare_qat(net, x86(), "x86")
+    few, more = kept_for_backward(net, 2), kept_for_backward(net, 4)
+    of_an_image = (more - few) / 2
+    at_512 = few + 510 * of_an_image
+    # weights, gradients and momentum are 0.13 GB; the rest is for what a kernel needs meanwhile
+    assert at_512 < budget
+
+
+def test_batches_are_cut_from_the_one_copy_of_the_images() -> None:
+    datamodule = DigitsDataModule()
+    datamodule.setup("fit")
+    loaders: Any = (datamodule.train_dataloader(), datamodule.val_dataloader())
+    storages = {loader.dataset.data.images.untyped_storage().data_ptr() for loader in loaders}
+    assert len(storages) == 1
