@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -56,6 +57,7 @@ def test_experiment_seed_is_the_origins_recipe(
     assert isinstance(module, ImageClassifier)
     net: Any = module.net
     assert net.conv1.kernel_size == (7, 7)
+    module.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     optimizers = module.configure_optimizers()
     assert isinstance(optimizers["optimizer"], torch.optim.SGD)
     for group in optimizers["optimizer"].param_groups:

@@ -128,8 +128,11 @@ def test_a_job_has_its_own_processes_where_lightning_would_start_some(
 
 
 def test_a_single_run_leaves_one_folder_with_one_of_everything(
-    train: Train, tmp_path: Path
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "1")  # a SLURM job of one task is no reason to differ
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_LOCALID", "0")
     before = dict(os.environ)
     status, printed = train(*QUICK, f"output_dir={tmp_path}")
     assert status == 0, printed

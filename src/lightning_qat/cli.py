@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_qat import processes
@@ -33,23 +33,31 @@ log = logging.getLogger(__name__)
 _status_is_ours = False
 
 
-class OutputFolderCheck(Callback):
-    """Finds out whether the output folder can be made before Hydra fails to, with a traceback."""
+class CommandCheck(Callback):
+    """Refuses what Hydra would fail at with a traceback, or several processes at each other."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """For a single run."""
-        _make(config.hydra.run.dir)
+        _check(config, config.hydra.run.dir)
+        if processes.rank():
+            with read_write(config.hydra):
+                config.hydra.output_subdir = None  # the first process writes it
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """For a multirun."""
-        _make(config.hydra.sweep.dir)
+        _check(config, config.hydra.sweep.dir)
 
 
-def _make(folder: str) -> None:
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"the output folder cannot be made: {error}. Set output_dir=FOLDER.", file=sys.stderr)
+def _check(config: DictConfig, folder: str) -> None:
+    message = processes.refused(config)
+    if message is None:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            message = f"the output folder cannot be made: {error}. Set output_dir=FOLDER."
+    if message is not None:
+        processes.let_the_first_speak()
+        print(message, file=sys.stderr)
         end(USERS_MISTAKE)
 
 
@@ -65,9 +73,8 @@ def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     def guarded(cfg: DictConfig) -> None:
         hydra = HydraConfig.get()
         failure = Path(hydra.runtime.output_dir) / FAILURE_FILE
-        if one_of_several := processes.is_one():
-            processes.begin()
-        else:
+        processes.begin()
+        if not processes.rank():
             failure.unlink(missing_ok=True)
         try:
             if processes.wanted(cfg):
@@ -75,22 +82,26 @@ def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
             else:
                 task(cfg)
         except Exception as error:
-            if one_of_several and failure.exists():
-                end(OUR_FAULT)  # because another process has failed, which says why
-            message = users_mistake(error)
-            if message is None:
-                status, message = OUR_FAULT, f"{type(error).__name__}: {error}"
-                log.error("%s", traceback.format_exc())
-            else:
-                status = USERS_MISTAKE
-                if not one_of_several:  # else the process that waits for all of them says it
-                    log.error("%s", message)
-            with atomic_path(failure) as partial:
-                partial.write_text(json.dumps({"status": status, "message": message}) + "\n")
+            processes.let_the_first_speak()
+            if not failure.exists():  # else another process has failed, which says why
+                _tell(error, failure)
         if failure.exists() and hydra.mode == RunMode.RUN:
             end(json.loads(failure.read_text())["status"])
 
     return guarded
+
+
+def _tell(error: Exception, failure: Path) -> None:
+    message = users_mistake(error)
+    if message is None:
+        status, message = OUR_FAULT, f"{type(error).__name__}: {error}"
+        log.error("%s", traceback.format_exc())
+    else:
+        status = USERS_MISTAKE
+        if not processes.is_watched():  # else the process that waits for all of them says it
+            log.error("%s", message)
+    with atomic_path(failure) as partial:
+        partial.write_text(json.dumps({"status": status, "message": message}) + "\n")
 
 
 def _run_in_processes(hydra: HydraConf, failure: Path) -> None:
@@ -138,6 +149,11 @@ def users_mistake(error: BaseException | None) -> str | None:
                     f"Lightning refuses a value of trainer.*: {error}\ntrainer=auto takes what "
                     "this machine has."
                 )
+        if str(error).startswith("You set `"):  # Lightning, about what torchrun or srun started
+            return (
+                f"Lightning refuses the number of processes: {error} Set trainer.devices to that "
+                "of one machine, and trainer.num_nodes to that of machines."
+            )
         if "Expected more than 1 value per channel" in str(error):
             return "batch-norm cannot train on one image a step: raise data.batch_size."
         if "Error(s) in loading state_dict" in str(error) and isinstance(error, RuntimeError):

@@ -24,7 +24,9 @@ class ImageClassifier(pl.LightningModule):
             logits N x ``num_classes``.
         num_classes: how many classes.
         mean, std: normalisation of images in [0, 1], per channel.
-        learning_rate: of SGD; with the one-cycle schedule its peak.
+        learning_rate: of SGD, for one process; with the one-cycle schedule its peak. Each of N
+            processes takes a batch of its own, so that together they train with N times the rate
+            (Goyal et al., "Accurate, Large Minibatch SGD", 2017).
         momentum, nesterov, weight_decay: of SGD.
         decay_all: let weight decay act on biases and batch-norm, too, not on the weights of layers
             only (He et al., "Bag of Tricks for Image Classification", 2018, section 3.1).
@@ -149,13 +151,14 @@ class ImageClassifier(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """SGD over all parameters."""
         hparams = self.hparams
+        learning_rate = hparams["learning_rate"] * self.trainer.world_size
         weights: dict[str, Any] = {"params": [x for x in self.parameters() if x.ndim > 1]}
         others: dict[str, Any] = {"params": [x for x in self.parameters() if x.ndim <= 1]}
         if not hparams["decay_all"]:
             others["weight_decay"] = 0.0
         optimizer = torch.optim.SGD(
             [weights, others],
-            lr=hparams["learning_rate"],
+            lr=learning_rate,
             momentum=hparams["momentum"],
             nesterov=hparams["nesterov"],
             weight_decay=hparams["weight_decay"],
@@ -166,7 +169,7 @@ class ImageClassifier(pl.LightningModule):
             return {"optimizer": optimizer, "lr_scheduler": schedule}
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
-            max_lr=hparams["learning_rate"],
+            max_lr=learning_rate,
             total_steps=self._total_steps(),
             cycle_momentum=False,
         )
