@@ -5,6 +5,7 @@ After a measurement on a quiet machine:
     python benchmarks/torchvision_models.py
     python benchmarks/latency.py outputs/multiruns/<time>/<job>
     python benchmarks/peers.py outputs/multiruns/<time>/<job>
+    python benchmarks/training.py
     cp outputs/multiruns/<time>/<job>/metrics.json benchmarks/results/<name>/<stage>.json
     python benchmarks/readme.py
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from record import origin_in_words
+from tables_training import training_summary
 
 from lightning_qat.report.table import sigma
 from lightning_qat.report.titles import fastest, runtime, title
@@ -206,6 +208,7 @@ def main() -> None:
         ("results", table(results)),
         ("latency", latency_summary()),
         ("peers", peers_summary()),
+        ("training", training_summary()),
         ("torchvision", torchvision_summary()),
     ):
         text = re.sub(

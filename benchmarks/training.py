@@ -1,0 +1,236 @@
+"""How fast training is: the origin's loop against ours, side by side on this machine.
+
+    python benchmarks/training.py                       # ResNet18 with ImageNet's stem, CIFAR-10
+    python benchmarks/training.py --model resnet18 --steps 5 --rounds 3  # the CIFAR stem
+    python benchmarks/training.py --steps 200           # on a GPU, taken where there is one
+    python benchmarks/training.py --smoke               # does all of it run? digits, few steps
+
+The origin's loop (`training_origin.py`): PIL images through transforms in worker processes, its
+network, its step. Ours (`training_ours.py`): what `train.py` composes and runs, with Lightning,
+loggers and progress bar. Both get the same images, first weights and batch size; neither validates.
+Measured from batch to batch: FP32 and QAT (that of the first epochs, observers on), against the
+origin's QAT as it is written (which only observes) and mended (which fake-quantises); the steps
+alone, on a batch that is ready; the data path alone, up to normalised floats on the device.
+
+Each loop has one segment in turn, anew each round, in reverse order every other round; the first
+steps of a segment (workers start, caches fill) do not count. A ratio is the median of the rounds'.
+Writes benchmarks/results/training_<model>.json and .md, with `_gpu` behind the model where one was
+used. It takes about 8 minutes on 2 cores, with the CIFAR stem as above some 80.
+"""
+
+import argparse
+import logging
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import training_origin as origins
+from record import RESULTS, origin, write
+from tables_training import RACES, measured_how, ratio_table
+from training_ours import Ours
+
+from lightning_qat.errors import UserError
+
+WARM_UP = 5  # steps: what two workers fetch ahead is 4 batches
+DATA_STEPS = 3  # batches of the data path alone for each step of the loops: they take less time
+LEARNING_RATE = 0.01  # of all: random weights must not diverge
+ORIGINS_WORKERS = 8
+SMOKE = ["data=digits", "data.batch_size=16"]
+
+
+class Stopwatch(pl.Callback):
+    """Takes the time when a step has ended, without making a GPU wait within what counts."""
+
+    def __init__(self, device: torch.device, steps: int) -> None:
+        self.device = device
+        self.first, self.last = WARM_UP, WARM_UP + steps
+        self.batches = self.last + 1  # the end of an epoch, after its last batch, does not count
+        self.ends: list[float] = []
+
+    def tick(self) -> None:
+        """A step has ended."""
+        if self.device.type == "cuda" and len(self.ends) + 1 in (self.first, self.last):
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """The same, told by Lightning."""
+        self.tick()
+
+    def follow(self, steps: Iterable[Any]) -> None:
+        """Run a loop that gives something after each step."""
+        for _ in islice(steps, self.batches):
+            self.tick()
+
+    def seconds(self) -> list[float]:
+        """Of each step that counts. On a GPU a single one is when Python was done with it."""
+        ends = self.ends[self.first - 1 : self.last]
+        if len(ends) <= self.last - self.first:
+            raise UserError(
+                f"an epoch ended after {len(self.ends)} steps and a segment has {self.batches}: "
+                "give it fewer --steps."
+            )
+        return np.diff(ends).tolist()
+
+
+Loop = Callable[[Stopwatch], None]
+
+
+def loops_of(ours: Ours, device: torch.device, workers: int) -> dict[str, Loop]:
+    """All that is measured, by the names in `RACES`."""
+    dataset: Any = ours.datamodule.train_dataloader().dataset
+    images, labels = (x[dataset.indices] for x in dataset.data)
+    pil_images = origins.PILImages(images, labels, ours.datamodule.crop_padding)
+    loader = origins.loader(pil_images, ours.datamodule.batch_size, workers)
+    ready = {
+        "ours": next(ours.batches(device)),
+        "origin": [x.to(device) for x in next(iter(loader))],
+    }
+
+    def fit(stage: str, watch: Stopwatch, batch: Any = None) -> None:
+        ours.fit(stage, watch.batches, watch, batch)
+
+    def train(qconfig: str | None, batches: Iterable[Any], watch: Stopwatch) -> None:
+        net: Any = origins.network(ours.net)
+        if qconfig is not None:
+            net = origins.prepare_qat(net, origins.QCONFIGS[qconfig]())
+        watch.follow(origins.train(net, batches, device, LEARNING_RATE))
+
+    def transferred() -> Iterable[Any]:
+        return ([x.to(device) for x in batch] for batch in loader)
+
+    again = repeat(ready["origin"])
+    return {
+        "ours_fp32": partial(fit, "fp32"),
+        "origin_fp32": partial(train, None, loader),
+        "ours_qat": partial(fit, "qat"),
+        "origin_qat_mended": partial(train, "mended", loader),
+        "origin_qat_as_written": partial(train, "as_written", loader),
+        "ours_step_fp32": partial(fit, "fp32", batch=ready["ours"]),
+        "origin_step_fp32": partial(train, None, again),
+        "ours_step_qat": partial(fit, "qat", batch=ready["ours"]),
+        "origin_step_qat": partial(train, "mended", again),
+        "ours_data": lambda watch: watch.follow(ours.normalised(device)),
+        "origin_data": lambda watch: watch.follow(transferred()),
+    }
+
+
+def measure(
+    loops: dict[str, Loop], device: torch.device, batch_size: int, steps: int, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """By loop: images/s of each round, and milliseconds a step over all of them."""
+    seconds: dict[str, list[list[float]]] = {name: [] for name in loops}
+    for number in range(rounds):
+        for name in reversed(loops) if number % 2 else loops:
+            watch = Stopwatch(device, DATA_STEPS * steps if name.endswith("_data") else steps)
+            loops[name](watch)
+            seconds[name].append(watch.seconds())
+        print(f"round {number + 1} of {rounds} done", file=sys.stderr, flush=True)
+    return {
+        name: {
+            "images_per_second": [batch_size * len(x) / sum(x) for x in segments],
+            "step_ms": {
+                f"p{percent}": 1e3 * float(np.percentile(segments, percent)) for percent in (50, 95)
+            },
+        }
+        for name, segments in seconds.items()
+    }
+
+
+def ratios(figures: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Ours over the origin's, of each of `RACES`: median and range of the rounds."""
+    found = {}
+    for race, (_, ours, theirs) in RACES.items():
+        pairs = zip(*(figures[x]["images_per_second"] for x in (ours, theirs)), strict=True)
+        values = [mine / other for mine, other in pairs]
+        found[race] = {"p50": statistics.median(values), "min": min(values), "max": max(values)}
+    return found
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The ratios, then each loop."""
+    lines = [
+        f"# Training: {result['model']}",
+        "",
+        ratio_table(result),
+        "",
+        "| | images/s, median of the rounds | ms a step: median (p95) |",
+        "| --- | --- | --- |",
+    ]
+    for name, figures in result["loops"].items():
+        step, rate = figures["step_ms"], statistics.median(figures["images_per_second"])
+        lines.append(f"| {name} | {rate:.0f} | {step['p50']:.2f} ({step['p95']:.2f}) |")
+    return "\n".join([*lines, "", measured_how(result)]) + "\n"
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="resnet18_imagenet_stem", help="as train.py's model=")
+    parser.add_argument("--device", choices=["auto", "cpu"], default="auto")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--steps", type=int, default=20, help="that count, of a segment")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--smoke", action="store_true", help="see that all of it runs")
+    parser.add_argument("--out", type=Path, help="a folder, instead of benchmarks/results")
+    args = parser.parse_args()
+    data = ["data=cifar10", "data.batch_size=128"]
+    if args.smoke:
+        data, args.steps, args.rounds = SMOKE, 4, 1
+    out = args.out or (Path(tempfile.mkdtemp()) if args.smoke else RESULTS)
+    torch.set_num_threads(args.threads)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # each round says the same
+    warnings.filterwarnings("ignore", message="Please use quant_min and quant_max")
+    warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no")
+    on_gpu = args.device == "auto" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    workers = min(ORIGINS_WORKERS, args.threads)
+    overrides = [
+        *data,
+        f"model={args.model}",
+        f"trainer={args.device}",
+        "trainer.max_epochs=1",
+        "data.val_size=0",
+        f"model.learning_rate={LEARNING_RATE}",
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        ours = Ours(overrides, Path(scratch))
+        batch_size = ours.datamodule.batch_size
+        loops = loops_of(ours, device, workers)
+        figures = measure(loops, device, batch_size, args.steps, args.rounds)
+    result = {
+        "model": ours.model,
+        "overrides": overrides,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "batch_size": batch_size,
+        "warm_up": WARM_UP,
+        "steps": args.steps,
+        "rounds": args.rounds,
+        "workers": workers,
+        "ratios": ratios(figures),
+        "loops": figures,
+        **origin(),
+    }
+    stem = out / f"training_{ours.model}{'_gpu' if on_gpu else ''}"
+    write(result, markdown(result), stem)
+    print(f"in {stem}.json and .md")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
