@@ -37,7 +37,7 @@ import torch
 import training_origin as origins
 from record import RESULTS, origin, write
 from tables_training import RACES, measured_how, ratio_table
-from training_ours import Ours
+from training_ours import CONF, Ours
 
 from lightning_qat.errors import UserError
 
@@ -178,7 +178,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="resnet18_imagenet_stem", help="as train.py's model=")
+    models = sorted(path.stem for path in (CONF / "model").iterdir())
+    parser.add_argument("--model", default="resnet18_imagenet_stem", choices=models)
     parser.add_argument("--device", choices=["auto", "cpu"], default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--steps", type=int, default=20, help="that count, of a segment")
