@@ -38,8 +38,8 @@ class ImageClassifier(pl.LightningModule):
         weights_hint: what to do where there is no such file, for the error message.
         starts_trained: ``weights`` must be there and of just this network and normalisation;
             otherwise published weights for other classes will do.
-        compile: mode of torch.compile for the network, such as ``default`` or ``reduce-overhead``
-            (CUDA graphs). None = eager.
+        compile: mode of torch.compile for training steps, such as ``default`` or
+            ``reduce-overhead`` (CUDA graphs). None = eager.
     """
 
     mean: Tensor
@@ -83,7 +83,8 @@ class ImageClassifier(pl.LightningModule):
         self.save_hyperparameters(
             ignore=["net", "weights", "weights_hint", "starts_trained", "compile"]
         )
-        self.compile_mode = compile
+        self._compile_mode = compile
+        self._compiled: list[Callable[[Tensor], Tensor]] = []  # a list: not one more submodule
         # integer and float convolutions are both faster with channels last
         self.net = net(num_classes).to(memory_format=torch.channels_last)
         if weights is not None:
@@ -104,14 +105,8 @@ class ImageClassifier(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images N x 3 x H x W, float32 in [0, 1] -> logits N x ``num_classes``."""
-        return self.net((images - self.mean) / self.std)
-
-    def on_fit_start(self) -> None:
-        """Compile the network, which callbacks may have replaced before."""
-        if self.compile_mode is not None:
-            # fake-quantised layers are classes of torch.ao, which it would leave to Python
-            torch._dynamo.config.dont_skip_tracing = True
-            self.net.compile(mode=self.compile_mode)
+        net = self._compiled[0] if self._compiled and self.training else self.net
+        return net((images - self.mean) / self.std)
 
     def on_train_start(self) -> None:
         """A resumed one-cycle schedule has the length that it was planned with.
@@ -135,6 +130,17 @@ class ImageClassifier(pl.LightningModule):
         if batch_idx % LOSS_CHECK_EVERY == 0:
             self._refuse_divergence(loss)
         return loss
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Compile once the first step, which callbacks may look into, has run."""
+        if self._compile_mode is not None and not self._compiled:
+            # fake-quantised layers are classes of torch.ao, which it would leave to Python
+            torch._dynamo.config.dont_skip_tracing = True
+            self._compiled.append(torch.compile(self.net, mode=self._compile_mode))
+
+    def on_train_end(self) -> None:
+        """What is copied and converted now is the network itself."""
+        self._compiled.clear()
 
     def on_train_epoch_end(self) -> None:
         """Before the checkpoint of the epoch is written."""
