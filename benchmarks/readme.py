@@ -6,6 +6,7 @@ After a measurement on a quiet machine:
     python benchmarks/latency.py outputs/multiruns/<time>/<job>
     python benchmarks/peers.py outputs/multiruns/<time>/<job>
     python benchmarks/training.py
+    benchmarks/gpu.sh
     cp outputs/multiruns/<time>/<job>/metrics.json benchmarks/results/<name>/<stage>.json
     python benchmarks/readme.py
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import tables_gpu
 from record import origin_in_words
 from tables_training import training_summary
 
@@ -33,7 +35,7 @@ def load() -> dict[str, dict[str, dict[str, Any]]]:
     return {
         folder.name: {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
         for folder in sorted(RESULTS.iterdir())
-        if folder.is_dir()
+        if (folder / "qat.json").is_file()
     }
 
 
@@ -209,6 +211,7 @@ def main() -> None:
         ("latency", latency_summary()),
         ("peers", peers_summary()),
         ("training", training_summary()),
+        ("gpu", tables_gpu.gpu_summary(tables_gpu.load(RESULTS / "gpu"))),
         ("torchvision", torchvision_summary()),
     ):
         text = re.sub(

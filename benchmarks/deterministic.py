@@ -1,0 +1,56 @@
+"""Do two runs with `trainer.deterministic=true` end with the same bits in every weight?
+
+    python benchmarks/deterministic.py stage=qat trainer=gpu --out FILE
+
+Both are fits of `train.py` of two epochs, each in a process of its own, from the same random
+weights. Writes FILE.json and FILE.md.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from fit_only import RANDOM_WEIGHTS, fit_only
+from record import origin, write
+
+from lightning_qat.checkpoint import read_checkpoint
+
+
+def trained(overrides: list[str]) -> dict[str, Any]:
+    """All weights and statistics after two epochs."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        deterministic = ["trainer.deterministic=true", "trainer.max_epochs=2"]
+        fit_only(folder, *deterministic, *RANDOM_WEIGHTS, *overrides)
+        return read_checkpoint(folder / "checkpoints" / "last.ckpt", "")["state_dict"]
+
+
+def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Names of the tensors that are not the same to the last bit, or not in both."""
+    both = first.keys() & second.keys()
+    same = {name for name in both if torch.equal(first[name], second[name])}
+    return sorted((first.keys() | second.keys()) - same)
+
+
+def main() -> None:
+    """Train twice, compare, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="without suffix")
+    args, overrides = parser.parse_known_args()
+    first, second = trained(overrides), trained(overrides)
+    differ = differing(first, second)
+    result = {"identical": not differ, "tensors": len(first), "differ": differ, **origin()}
+    verdict = f"{len(differ)} differ" if differ else "all the same"
+    write(result, f"Of {len(first)} tensors: {verdict}. `{result['command']}`\n", args.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RuntimeError as error:
+        sys.exit(str(error))

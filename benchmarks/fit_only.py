@@ -1,0 +1,41 @@
+"""`train.py` up to the end of its fit, in a process of its own, for the benchmarks beside this."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import pytorch_lightning as pl
+
+HERE = Path(__file__).parent
+RANDOM_WEIGHTS = ["model.weights=null", "++model.starts_trained=false"]  # for stage=qat, too
+
+
+class FitOnly(pl.Callback):
+    """Ends the process when the last epoch is over: its checkpoint is written, nothing tested."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> NoReturn:
+        """With status 0."""
+        sys.exit(0)
+
+
+def fit_only(folder: Path, *overrides: str) -> None:
+    """Run `python train.py` with these overrides; everything goes into ``folder``.
+
+    Raises:
+        RuntimeError: it failed; the message is the end of what it has printed.
+    """
+    command = [sys.executable, "train.py", f"hydra.run.dir={folder}", f"output_dir={folder}"]
+    last = "+callbacks.fit_only={_target_:fit_only.FitOnly}"
+    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [*command, *overrides, last],
+        cwd=HERE.parent,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError("\n".join(done.stdout.splitlines()[-20:]))

@@ -1,0 +1,194 @@
+"""The README's tables of what was measured on a GPU, from the files that gpu.sh leaves.
+
+python benchmarks/tables_gpu.py FOLDER    # as gpu.sh ends, of its $RESULTS/gpu
+"""
+
+import json
+import math
+import statistics
+import sys
+from collections import defaultdict
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t
+from tables_training import measured_how, ratio_table
+
+Results = dict[str, dict[str, Any]]
+
+NOT_YET = "not measured yet"
+STEMS = {"resnet18": "CIFAR stem", "resnet18_imagenet_stem": "ImageNet stem"}
+RUNS = {  # row of the table -> the names of its pieces
+    "CIFAR stem": "{}_seed*",
+    "ImageNet stem": "imagenet_stem_{}_seed*",
+    "`experiment=seed`": "seed_experiment_{}",
+}
+TARGETS = (0.94, 0.95, 0.96)
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+def load(folder: Path) -> Results:
+    """The results that are there, by the name of the piece."""
+    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+
+
+def gpu_summary(results: Results) -> str:
+    """All tables and their origin; what there is no result of says so."""
+    tables = [accuracy_table(results), target_table(results), step_table(results)]
+    return "\n\n".join([*tables, remarks(results), origins(results), races(results)])
+
+
+def accuracy_table(results: Results) -> str:
+    """One row a recipe: means over the seeds, and differences between networks of one seed."""
+    lines = [
+        "| ResNet18 | epochs | FP32 | QAT INT8 | QAT - FP32, points | PTQ - FP32, points "
+        "| training, FP32 + QAT |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for label, names in RUNS.items():
+        fp32, qat, ptq = (_matching(results, names.format(x)) for x in ("fp32", "qat", "ptq"))
+        cells = [
+            " + ".join(str(runs[0]["epochs"]) for runs in (fp32, qat) if runs) or NOT_YET,
+            _accuracy(fp32, "fp32"),
+            _accuracy(qat, "int8"),
+            _difference(qat),
+            _difference(ptq),
+            f"{_time(fp32)} + {_time(qat)}" if fp32 and qat else NOT_YET,
+        ]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def target_table(results: Results) -> str:
+    """The shortest schedule of the CIFAR stem whose mean accuracy reaches each target."""
+    schedules = defaultdict(list)
+    for run in _matching(results, "fp32_epochs*") + _matching(results, "fp32_seed*"):
+        schedules[run["epochs"]].append(run)
+    cells = []
+    for target in TARGETS:
+        reached = [
+            f"{_time(runs)} ({epochs} epochs, {_accuracy(runs, 'fp32')})"
+            for epochs, runs in sorted(schedules.items())
+            if statistics.mean(run["accuracy"]["fp32"] for run in runs) >= target
+        ]
+        cells.append(reached[0] if reached else "not reached" if schedules else NOT_YET)
+    head = " | ".join(f"{target:.0%}" for target in TARGETS)
+    return f"| CIFAR stem, FP32, training to | {head} |\n| --- |{' --- |' * len(TARGETS)}\n" + (
+        f"| shortest schedule | {' | '.join(cells)} |"
+    )
+
+
+def step_table(results: Results) -> str:
+    """One row a stem and precision, in the torch.compile mode in which FP32 + QAT is fastest."""
+    lines = [
+        "| training step | torch.compile | FP32, ms | QAT, ms | QAT / FP32 | loop, images/s "
+        "| data path / step | GPU memory | share of matrix rate |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for model, stem in STEMS.items():
+        for precision in PRECISIONS:
+            head = f"| {stem}, {precision} "
+            result = results.get(f"step_{model}_{precision}")
+            if result is None:
+                lines.append(f"{head}| {NOT_YET} |{' |' * 7}")
+                continue
+            mode, figures = min(
+                ((name, x) for name, x in result["modes"].items() if x["qat_over_fp32"]),
+                key=lambda item: sum(item[1][s]["step_ms"]["p50"] for s in ("fp32", "qat")),
+            )
+            both = [figures["fp32"], figures["qat"]]
+            cells = [
+                mode,
+                *(f"{x['step_ms']['p50']:.2f} (p95 {x['step_ms']['p95']:.2f})" for x in both),
+                f"{figures['qat_over_fp32']:.2f}",
+                " / ".join(f"{x['loop_images_per_second']:,.0f}" for x in both),
+                " / ".join(f"{x['data_ms']['p50'] / x['step_ms']['p50']:.1%}" for x in both),
+                " / ".join(_memory(x) for x in both),
+                " / ".join(f"{x['share_of_matrix_rate']:.0%}" for x in both),
+            ]
+            lines.append(f"{head}| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def remarks(results: Results) -> str:
+    """What the figures mean, and the two that need no table."""
+    same = []
+    for stage in ("fp32", "qat"):
+        result = results.get(f"deterministic_{stage}")
+        verdict = NOT_YET
+        if result is not None:
+            verdict = "the same" if result["identical"] else f"{len(result['differ'])} differ"
+        same.append(f"{stage.upper()} {verdict}")
+    runs = _matching(results, "fp32_seed*")
+    latencies = [run["latency_ms"]["fp32_cuda"]["p50"] for run in runs if _has_cuda(run)]
+    latency = f"{statistics.median(latencies):.2f} ms" if latencies else NOT_YET
+    return (
+        "Accuracy: of the test set, last weights, mean and range over the seeds; ±: 95 % t "
+        "interval over the differences of each seed. Training: wall-clock of the fit. Step: "
+        "forward, loss, backward and optimizer at batch 512, with observers at work; 32-true has "
+        "TF32 in convolutions; two figures are FP32 / QAT; memory is what torch has reserved at "
+        "the peak; matrix rate: of an 8192 x 8192 x 8192 product in the same precision. Weights "
+        f"of two runs with `trainer.deterministic=true`: {', '.join(same)}. One image, CIFAR "
+        f"stem, FP32, eager: {latency}."
+    )
+
+
+def origins(results: Results) -> str:
+    """Where, with what and when."""
+    if not results:
+        return "No GPU was at hand: `benchmarks/gpu.sh` measures all of it on one."
+    places = dict.fromkeys(
+        f"{x['gpu'] or x['cpu']}, torch {x['torch']}, {x['date']}, commit {str(x['commit'])[:10]}"
+        for x in (result["environment"] for result in results.values())
+    )
+    return f"{'; '.join(places)}: `benchmarks/gpu.sh`."
+
+
+def races(results: Results) -> str:
+    """Against the origin's loop, a table for each stem."""
+    parts = [f"{ratio_table(x)}\n\n{measured_how(x)}" for x in _matching(results, "training_*")]
+    return "\n\n".join(parts) or f"The origin's loop on a GPU: {NOT_YET}."
+
+
+def _matching(results: Results, names: str) -> list[dict[str, Any]]:
+    return [result for name, result in results.items() if fnmatch(name, names)]
+
+
+def _accuracy(runs: list[dict[str, Any]], network: str) -> str:
+    if not runs:
+        return NOT_YET
+    shares = [run["accuracy"][network] for run in runs]
+    if len(shares) == 1:
+        return f"{shares[0]:.2%} (1 seed)"
+    return (
+        f"{statistics.mean(shares):.2%} ({100 * min(shares):.2f} to {100 * max(shares):.2f}, "
+        f"{len(shares)} seeds)"
+    )
+
+
+def _difference(runs: list[dict[str, Any]]) -> str:
+    if not runs:
+        return NOT_YET
+    points = [100 * (run["accuracy"]["int8"] - run["accuracy"]["fp32"]) for run in runs]
+    if len(points) == 1:
+        return f"{points[0]:+.2f} (1 seed)"
+    half = t.ppf(0.975, len(points) - 1) * statistics.stdev(points) / math.sqrt(len(points))
+    return f"{statistics.mean(points):+.2f} ± {half:.2f}"
+
+
+def _time(runs: list[dict[str, Any]]) -> str:
+    return f"{statistics.mean(x['training']['seconds'] for x in runs):.0f} s"
+
+
+def _memory(figures: dict[str, Any]) -> str:
+    memory = figures["peak_bytes"]
+    return f"{memory['reserved'] / 1e9:.1f} GB" if memory else "no GPU"
+
+
+def _has_cuda(run: dict[str, Any]) -> bool:
+    return "fp32_cuda" in run["latency_ms"]
+
+
+if __name__ == "__main__":
+    print(gpu_summary(load(Path(sys.argv[1]))))
