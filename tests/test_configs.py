@@ -69,6 +69,38 @@ def test_experiment_seed_is_the_origins_recipe(
     assert (list(schedule.milestones), schedule.gamma) == ([100, 150], 0.1)
 
 
+@pytest.mark.parametrize(
+    ("data", "model", "epochs", "batch_size"),
+    [
+        ("cifar10", "resnet18", 100, 512),
+        ("cifar10", "resnet18_imagenet_stem", 40, 128),  # a pair with a recipe of its own
+        ("digits", "resnet18_imagenet_stem", 8, 32),
+    ],
+)
+def test_a_pair_of_data_and_model_may_have_its_own_recipe(
+    data: str, model: str, epochs: int, batch_size: int
+) -> None:
+    cfg = composed(f"data={data}", f"model={model}")
+    assert (cfg.trainer.max_epochs, cfg.data.batch_size) == (epochs, batch_size)
+    cfg = composed(f"data={data}", f"model={model}", "recipe.fp32.epochs=3", "data.batch_size=7")
+    assert (cfg.trainer.max_epochs, cfg.data.batch_size) == (3, 7)
+
+
+def test_biases_and_batch_norm_do_not_decay() -> None:
+    cfg = composed()
+    module = instantiate(cfg.model, num_classes=10, mean=[0.5] * 3, std=[0.2] * 3)
+    module.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    module.hparams["milestones"] = [1]  # needs no data
+    decays: dict[int, float] = {}
+    for group in module.configure_optimizers()["optimizer"].param_groups:
+        decays |= {id(x): group["weight_decay"] for x in group["params"]}
+    names = {name: decays[id(x)] for name, x in module.net.named_parameters()}
+    assert {name for name, decay in names.items() if decay} == {
+        name for name, x in module.net.named_parameters() if x.ndim > 1
+    }
+    assert names["layer1.0.conv1.weight"] == 5e-4
+
+
 @pytest.mark.parametrize("name", QCONFIGS)
 def test_every_named_qconfig_is_a_choice(name: str) -> None:
     qconfig = instantiate(composed("stage=qat", f"qconfig={name}").callbacks.result.qconfig)
