@@ -1,5 +1,6 @@
 """The model as it is handed over: pixels in, logits out."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,8 +39,18 @@ class DeployedModel(nn.Module):
 
 
 def torchscript(model: nn.Module) -> torch.jit.ScriptModule:
-    """``model`` scripted and frozen: weights and normalisation become constants."""
-    return torch.jit.freeze(torch.jit.script(model.eval()))
+    """``model`` scripted and frozen: weights and normalisation become constants.
+
+    torch tells operators by their addresses, also freed ones: now and then (one run in dozens,
+    torch 2.15) an attribute has got such an address and is taken for the operator. A copy has not.
+    """
+    try:
+        scripted = torch.jit.script(model.eval())
+    except RuntimeError as error:
+        if "builtin cannot be used as a value" not in str(error):
+            raise
+        scripted = torch.jit.script(copy.deepcopy(model))
+    return torch.jit.freeze(scripted)
 
 
 def save_torchscript(scripted: torch.jit.ScriptModule, path: Path, description: Description) -> int:
