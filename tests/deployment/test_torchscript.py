@@ -19,5 +19,5 @@ def test_an_attribute_at_the_address_of_a_freed_operator_is_no_operator(
 
     model, images = unlucky(), torch.rand(2, 3, 8, 8)
     torch.testing.assert_close(torchscript(model)(images), model(images))
-    with pytest.raises(RuntimeError, match="builtin cannot be used as a value|redefine method"):
+    with pytest.raises(RuntimeError, match="builtin cannot be used as a value"):
         torch.jit.script(unlucky().eval())

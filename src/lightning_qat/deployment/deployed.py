@@ -1,6 +1,5 @@
 """The model as it is handed over: pixels in, logits out."""
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,18 +38,23 @@ class DeployedModel(nn.Module):
 
 
 def torchscript(model: nn.Module) -> torch.jit.ScriptModule:
-    """``model`` scripted and frozen: weights and normalisation become constants.
+    """``model`` scripted and frozen: weights and normalisation become constants."""
+    _forget_freed_operators(model)
+    return torch.jit.freeze(torch.jit.script(model.eval()))
 
-    torch tells operators by their addresses, also freed ones: now and then (one run in dozens,
-    torch 2.15) an attribute has got such an address and is taken for the operator. A copy has not.
+
+def _forget_freed_operators(model: nn.Module) -> None:
+    """Take from torch's list of operators the addresses at which ``model`` has something else.
+
+    The list keeps addresses of operators that are freed when torch.library adds to them. Now and
+    then (one run in some dozens, torch 2.15) an attribute comes to lie at one of them, and scripting
+    fails with "builtin cannot be used as a value".
     """
-    try:
-        scripted = torch.jit.script(model.eval())
-    except RuntimeError as error:
-        if "builtin cannot be used as a value" not in str(error):
-            raise
-        scripted = torch.jit.script(copy.deepcopy(model))
-    return torch.jit.freeze(scripted)
+    operators = torch.jit._builtins._get_builtin_table()
+    for module in model.modules():
+        for value in vars(module).values():
+            if not callable(value):
+                operators.pop(id(value), None)
 
 
 def save_torchscript(scripted: torch.jit.ScriptModule, path: Path, description: Description) -> int:
