@@ -47,7 +47,7 @@ def _forget_freed_operators(model: nn.Module) -> None:
     """Take from torch's list of operators the addresses at which ``model`` has something else.
 
     The list keeps addresses of operators that are freed when torch.library adds to them. Now and
-    then (one run in some dozens, torch 2.15) an attribute comes to lie at one of them, and scripting
+    then (one run in dozens, torch 2.15) an attribute comes to lie at one of them, and scripting
     fails with "builtin cannot be used as a value".
     """
     operators = torch.jit._builtins._get_builtin_table()
