@@ -46,7 +46,8 @@ def main(cfg: DictConfig) -> None:
     if cfg.ckpt_path is not None:
         check_resumable(cfg.ckpt_path)
     loggers = [instantiate(logger) for logger in cfg.logger.values()]
-    trainer = instantiate(cfg.trainer, callbacks=list(callbacks.values()), logger=loggers)
+    timer = pl.callbacks.Timer()  # counts on where a run is resumed
+    trainer = instantiate(cfg.trainer, callbacks=[*callbacks.values(), timer], logger=loggers)
     trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
     if not trainer.is_global_zero:
         return
@@ -59,7 +60,7 @@ def main(cfg: DictConfig) -> None:
         "qconfig": choices["qconfig"] if "qconfig" in cfg.callbacks.result else None,
         "seed": cfg.seed,
         "epochs": trainer.current_epoch if trainer.global_step else 0,  # calibration trains none
-        "training": {"seconds": callbacks["timer"].time_elapsed("train")},
+        "training": {"seconds": timer.time_elapsed("train")},
         "command": shlex.join(["python", "train.py", *HydraConfig.get().overrides.task]),
         "environment": environment(),
     }

@@ -154,6 +154,11 @@ def users_mistake(error: BaseException | None) -> str | None:
                 f"Lightning refuses the number of processes: {error} Set trainer.devices to that "
                 "of one machine, and trainer.num_nodes to that of machines."
             )
+        if "different number of parameter groups" in str(error):
+            return (
+                "the checkpoint in ckpt_path is of an older version, which trained another way: "
+                "start again, from its weights if you like (model.weights=FILE)."
+            )
         if "Expected more than 1 value per channel" in str(error):
             return "batch-norm cannot train on one image a step: raise data.batch_size."
         if "Error(s) in loading state_dict" in str(error) and isinstance(error, RuntimeError):

@@ -114,6 +114,7 @@ class ImageClassifier(pl.LightningModule):
         Raises:
             UserError: this run is of another length.
         """
+        self._compiled.clear()  # a fit that failed may have left some
         schedule = self.lr_schedulers()
         if isinstance(schedule, torch.optim.lr_scheduler.OneCycleLR):
             planned, now = schedule.total_steps, self._total_steps()
@@ -168,7 +169,8 @@ class ImageClassifier(pl.LightningModule):
             momentum=hparams["momentum"],
             nesterov=hparams["nesterov"],
             weight_decay=hparams["weight_decay"],
-            fused=self.device.type == "cuda" or None,
+            # in 16-mixed, a fused optimizer could not clip gradients
+            fused=(self.device.type == "cuda" and self.trainer.precision != "16-mixed") or None,
         )
         if hparams["milestones"] is not None:
             schedule: Any = torch.optim.lr_scheduler.MultiStepLR(optimizer, hparams["milestones"])

@@ -58,7 +58,8 @@ def refused(config: DictConfig) -> str | None:
     if not _several(config):
         return (
             f"torchrun or srun has started {count} processes, and this configuration is for one: "
-            "add trainer=ddp (without GPUs: trainer=ddp_cpu), or start one process only."
+            "add trainer=ddp (without GPUs: trainer=ddp_cpu), or start one process only. (In a "
+            "SLURM job of several tasks, one process without srun counts as all: srun -n1.)"
         )
     if "${now:" in OmegaConf.to_yaml(config.hydra.run):
         return (

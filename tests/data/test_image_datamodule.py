@@ -220,6 +220,7 @@ def test_a_gpu_gets_the_same_floats() -> None:
         ("cutout", -1),
         ("cutout", 9),
         ("mean", [0.5]),
+        ("mean", [125.3, 123.0, 113.9]),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_what_is_permitted(name: str, value: Any) -> None:

@@ -91,6 +91,31 @@ def test_a_convolution_with_batch_norm_trains_as_torchs(bias: bool) -> None:
     torch.testing.assert_close(ours(images), torchs(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dead_input", [False, True])
+@pytest.mark.parametrize("name", QCONFIGS)
+def test_a_channel_without_weight_in_batch_norm_costs_the_others_nothing(
+    name: str, dead_input: bool
+) -> None:
+    torch.manual_seed(0)
+    fused: Any = nni.ConvBn2d(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+    nn.init.uniform_(fused[1].weight, 0.04, 0.06)
+    fused.qconfig = QCONFIGS[name]()
+    whole: Any = QAT_WITH_BATCH_NORM[nni.ConvBn2d].from_float(copy.deepcopy(fused))  # type: ignore[attr-defined]
+    with torch.no_grad():
+        fused[1].weight[3] = 0
+        if dead_input:
+            fused[1].running_var[3] = 0
+    other: Any = QAT_WITH_BATCH_NORM[nni.ConvBn2d].from_float(fused)  # type: ignore[attr-defined]
+    images = torch.randn(4, 3, 9, 9)
+    outputs = [layer(images) for layer in (whole, other)]
+    rest = [channel for channel in range(8) if channel != 3]
+    torch.testing.assert_close(
+        outputs[0][:, rest], outputs[1][:, rest], rtol=0, atol=0.02 * outputs[0].std().item()
+    )
+    (outputs[1] * torch.randn_like(outputs[1])).sum().backward()
+    assert other.bn.weight.grad[3] != 0, "it can never come back"
+
+
 class Waits(TorchDispatchMode):
     """Counts where Python asks a tensor for its value, for which a GPU has to be waited for."""
 

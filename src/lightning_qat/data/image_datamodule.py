@@ -62,7 +62,8 @@ class ImageDataModule(pl.LightningDataModule):
         val_size: images of the training set kept for validation: a stratified choice, the same
             for every `seed`. 0 = no validation.
         seed: decides order and augmentation.
-        mean, std: per channel, of images in [0, 1]. Only kept here: the network normalises.
+        mean, std: per channel, of images in [0, 1]. The network normalises; here, the mean is the
+            colour of `cutout`.
         crop_padding: pixels around an image before a random crop; 0 = no crop.
         padding_mode: `reflect` or `constant` (zeros).
         flip: of training images, left-right: `none`, `random` or `alternating`.
@@ -113,6 +114,8 @@ class ImageDataModule(pl.LightningDataModule):
         self.std = tuple(float(value) for value in std)
         if len(self.mean) != 3 or len(self.std) != 3:
             raise UserError("mean and std need three values each, for red, green and blue.")
+        if not all(0 <= value <= 1 for value in self.mean):
+            raise UserError(f"mean={list(self.mean)}: it is of images in [0, 1], not of bytes.")
         self._is_loaded = False
 
     @abstractmethod

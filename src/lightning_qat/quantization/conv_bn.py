@@ -38,12 +38,13 @@ def unfolded_fake_quant(
 ) -> Tensor:
     """``weight``, rounded where the folded one would be; batch-norm is to follow.
 
-    A batch-norm weight of 0 leaves no folded weight to round: 1 takes its place.
+    A batch-norm weight of 0 leaves no folded weight to round: that channel trains unrounded.
     """
-    gamma = torch.where(bn.weight == 0, 1.0, bn.weight)
-    # it only says where to round: its own gradient would be a rounding error
-    factor = by_output((gamma / torch.sqrt(bn.running_var + bn.eps)).detach())
-    return fake_quant(weight * factor) / factor
+    # only says where to round: its own gradient would be a rounding error, where nothing is clipped
+    factor = by_output((bn.weight / torch.sqrt(bn.running_var + bn.eps)).detach())
+    gone = factor == 0
+    rounded = fake_quant(weight * factor) / torch.where(gone, 1.0, factor)
+    return torch.where(gone, weight, rounded)
 
 
 class _WithBatchNorm:

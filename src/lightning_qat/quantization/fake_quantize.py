@@ -55,6 +55,13 @@ class _Switched(tq.FakeQuantize):
         super().__init__(*args, **kwargs)
         self.observes = self.rounds = True
 
+    def extra_repr(self) -> str:
+        return (
+            f"observes={self.observes}, rounds={self.rounds}, quant_min={self.quant_min}, "
+            f"quant_max={self.quant_max}, dtype={self.dtype}, qscheme={self.qscheme}, "
+            f"scale={self.scale}, zero_point={self.zero_point}"
+        )
+
     def enable_observer(self, enabled: bool = True) -> None:
         self.observes = enabled
 
@@ -92,12 +99,11 @@ class MovingAverageObserver(tq.MovingAverageMinMaxObserver):
     def forward(self, x_orig: Tensor) -> Tensor:
         """Move the range towards that of ``x_orig`` (any shape); the first is taken as it is."""
         if x_orig.numel():
-            seen = torch.isfinite(self.min_val)
             for average, now in zip(
                 (self.min_val, self.max_val), torch.aminmax(x_orig), strict=True
             ):
                 moved = average + self.averaging_constant * (now - average)
-                average.copy_(torch.where(seen, moved, now))
+                average.copy_(torch.where(torch.isfinite(average), moved, now))
         return x_orig
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
