@@ -15,6 +15,7 @@ import torch
 
 from lightning_qat import processes
 from tests.conftest import TRAIN, Train
+from tests.test_configs import composed
 from tests.test_ddp import QUICK, left_in
 
 # what each task of `srun --ntasks-per-node=2` finds in its environment
@@ -155,11 +156,15 @@ def test_a_mistake_that_only_another_process_notices_is_told_by_it(
     assert not (tmp_path / "run" / ".hydra").exists()  # the first process's
 
 
-def test_a_process_says_nothing_of_what_another_has_told(
-    as_rank_1: None, train: Train, tmp_path: Path
+def test_a_process_waits_for_the_first_and_says_nothing_of_what_it_has_told(
+    as_rank_1: None, train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     failure = {"status": 2, "message": "told already"}
-    (tmp_path / "failure.json").write_text(json.dumps(failure))
+
+    def first_speaks(seconds: float) -> None:
+        (tmp_path / "failure.json").write_text(json.dumps(failure))
+
+    monkeypatch.setattr("lightning_qat.processes.time.sleep", first_speaks)
     status, printed = train(*QUICK, "data.batch_size=0", f"hydra.run.dir={tmp_path}")
     assert (status, printed) == (2, "")
     assert json.loads((tmp_path / "failure.json").read_text()) == failure
@@ -191,6 +196,15 @@ def test_what_several_processes_cannot_do_is_refused_with_what_to_do(
     assert words in printed
     assert len(printed.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("environment", [TORCHRUN, SRUN], ids=["torchrun", "srun"])
+def test_no_further_processes_are_started_where_all_are_there(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert not processes.wanted(composed("trainer=ddp_cpu"))
 
 
 def test_several_machines_without_torchrun_or_srun_are_refused(train: Train) -> None:
