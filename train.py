@@ -60,7 +60,7 @@ def main(cfg: DictConfig) -> None:
         "qconfig": choices["qconfig"] if "qconfig" in cfg.callbacks.result else None,
         "seed": cfg.seed,
         "epochs": trainer.current_epoch if trainer.global_step else 0,  # calibration trains none
-        "training": {"seconds": timer.time_elapsed("train")},
+        "training": {"seconds": timer.time_elapsed("train"), "processes": trainer.world_size},
         "command": shlex.join(["python", "train.py", *HydraConfig.get().overrides.task]),
         "environment": environment(),
     }

@@ -7,7 +7,8 @@
 
 The origin's loop (`training_origin.py`): PIL images through transforms in worker processes, its
 network, its step. Ours (`training_ours.py`): what `train.py` composes and runs, with Lightning,
-loggers and progress bar. Both get the same images, first weights and batch size; neither validates.
+loggers and progress bar. Both get the same images, augmentations, first weights and batch size;
+neither validates.
 Measured from batch to batch: FP32 and QAT (that of the first epochs, observers on), against the
 origin's QAT as it is written (which only observes) and mended (which fake-quantises); the steps
 alone, on a batch that is ready; the data path alone, up to normalised floats on the device.
@@ -15,7 +16,7 @@ alone, on a batch that is ready; the data path alone, up to normalised floats on
 Each loop has one segment in turn, anew each round, in reverse order every other round; the first
 steps of a segment (workers start, caches fill) do not count. A ratio is the median of the rounds'.
 Writes benchmarks/results/training_<model>.json and .md, with `_gpu` behind the model where one was
-used. It takes about 8 minutes on 2 cores, with the CIFAR stem as above some 80.
+used. It takes about 7 minutes on 2 cores; with the CIFAR stem as above, not tried, perhaps an hour.
 """
 
 import argparse
@@ -46,6 +47,7 @@ DATA_STEPS = 3  # batches of the data path alone for each step of the loops: the
 LEARNING_RATE = 0.01  # of all: random weights must not diverge
 ORIGINS_WORKERS = 8
 SMOKE = ["data=digits", "data.batch_size=16"]
+ORIGINS_AUGMENTATION = ["data.flip=random", "data.cutout=0"]  # and crops, as ours
 
 
 class Stopwatch(pl.Callback):
@@ -200,6 +202,7 @@ def main() -> None:
     workers = min(ORIGINS_WORKERS, args.threads)
     overrides = [
         *data,
+        *ORIGINS_AUGMENTATION,
         f"model={args.model}",
         f"trainer={args.device}",
         "trainer.max_epochs=1",

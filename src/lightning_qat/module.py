@@ -108,6 +108,11 @@ class ImageClassifier(pl.LightningModule):
         net = self._compiled[0] if self._compiled and self.training else self.net
         return net((images - self.mean) / self.std)
 
+    def on_fit_start(self) -> None:
+        """On a CPU gradients come contiguous: weights that are so, too, save a copy of each."""
+        if self.device.type == "cpu":
+            self.net.to(memory_format=torch.contiguous_format)
+
     def on_train_start(self) -> None:
         """A resumed one-cycle schedule has the length that it was planned with.
 
@@ -121,8 +126,8 @@ class ImageClassifier(pl.LightningModule):
             if planned != now:
                 raise UserError(
                     f"the run to continue was planned for {planned} steps of one cycle, this one "
-                    f"has {now}: give it the same trainer.max_epochs, data.batch_size and "
-                    "data.val_size."
+                    f"has {now}: give it the same trainer.max_epochs, data.batch_size, "
+                    "data.val_size and number of processes."
                 )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -140,8 +145,9 @@ class ImageClassifier(pl.LightningModule):
             self._compiled.append(torch.compile(self.net, mode=self._compile_mode))
 
     def on_train_end(self) -> None:
-        """What is copied and converted now is the network itself."""
+        """What is copied and converted now is the network itself, as it was made."""
         self._compiled.clear()
+        self.net.to(memory_format=torch.channels_last)
 
     def on_train_epoch_end(self) -> None:
         """Before the checkpoint of the epoch is written."""
@@ -170,7 +176,8 @@ class ImageClassifier(pl.LightningModule):
             nesterov=hparams["nesterov"],
             weight_decay=hparams["weight_decay"],
             # in 16-mixed, a fused optimizer could not clip gradients
-            fused=(self.device.type == "cuda" and self.trainer.precision != "16-mixed") or None,
+            fused=(self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed")
+            or None,
         )
         if hparams["milestones"] is not None:
             schedule: Any = torch.optim.lr_scheduler.MultiStepLR(optimizer, hparams["milestones"])
