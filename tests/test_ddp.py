@@ -37,6 +37,20 @@ QUICK = (
 )
 
 
+OF_AN_FP32_RUN = {
+    ".hydra",
+    "checkpoints/best.ckpt",
+    "checkpoints/last.ckpt",
+    "csv/hparams.yaml",
+    "csv/metrics.csv",
+    "metrics.json",
+    "report.html",
+    "tensorboard/events",
+    "tensorboard/hparams.yaml",
+    "train.log",
+}
+
+
 class MistakeOn(pl.Callback):
     """A user's mistake that only some processes notice."""
 
@@ -137,18 +151,7 @@ def test_a_single_run_leaves_one_folder_with_one_of_everything(
     status, printed = train(*QUICK, f"output_dir={tmp_path}")
     assert status == 0, printed
     (run,) = tmp_path.glob("runs/*")
-    assert left_in(run) == {
-        ".hydra",
-        "checkpoints/best.ckpt",
-        "checkpoints/last.ckpt",
-        "csv/hparams.yaml",
-        "csv/metrics.csv",
-        "metrics.json",
-        "report.html",
-        "tensorboard/events",
-        "tensorboard/hparams.yaml",
-        "train.log",
-    }
+    assert left_in(run) == OF_AN_FP32_RUN
     assert len(list(run.glob("tensorboard/events*"))) == 1
     assert printed.count("test accuracy") == 1
     assert dict(os.environ) == before
