@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_qat.quantization.check import check_same_function
 from lightning_qat.quantization.convert import convert
+from lightning_qat.quantization.kernels import limitation
 from lightning_qat.quantization.prepare import FakeQuantisedNetwork, prepare_qat
 from lightning_qat.quantization.qconfig import QCONFIGS
 from tests.quantization.test_graph import count
@@ -71,6 +72,8 @@ FUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Any]] = {
     "conv3d bn relu": (lambda: chain(nn.Conv3d(3, 6, 3), nn.BatchNorm3d(6), nn.ReLU()), VOLUME, 1),
     "transposed 1d bn relu": (
         lambda: chain(nn.ConvTranspose1d(3, 3, 3, 2), nn.BatchNorm1d(3), nn.ReLU()), SIGNAL, 1),
+    "transposed 2d, as a U-Net has it": (
+        lambda: chain(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 8, 2, 2)), IMAGE, 2),
     "transposed 2d": (lambda: chain(nn.ConvTranspose2d(3, 3, 3, bias=False)), IMAGE, 1),
     "transposed 2d bn relu": (
         lambda: chain(nn.ConvTranspose2d(3, 3, 4, 2, 1), nn.BatchNorm2d(3), nn.ReLU()), IMAGE, 1),
@@ -140,6 +143,24 @@ def test_int8_is_what_was_trained(name: str, qconfig: str) -> None:
     assert (difference < 0.5).double().mean() > 0.99
     if qconfig == "x86":
         assert torch.equal(torch.jit.script(model)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("engine", "layer", "reason"),
+    [
+        ("fbgemm", nn.ConvTranspose2d(8, 8, 2, 2), "2 x 2"),
+        ("x86", nn.ConvTranspose2d(8, 8, 2, 2, output_padding=1), "2 x 2"),
+        ("x86", nn.ConvTranspose2d(8, 8, 2, 2), None),
+        ("onednn", nn.ConvTranspose2d(8, 8, 3, 2, output_padding=1), "output padding"),
+        ("onednn", nn.ConvTranspose2d(8, 8, 1, 2), "stride"),
+        ("onednn", nn.ConvTranspose2d(8, 8, 2, 2), None),
+    ],
+)
+def test_transposed_kernels_that_are_wrong_are_not_used(
+    engine: str, layer: nn.Module, reason: str | None
+) -> None:
+    found = limitation(layer, engine)
+    assert found is None if reason is None else reason in str(found)
 
 
 def test_relu6_ends_at_6_in_both_forms() -> None:

@@ -119,6 +119,14 @@ def limitation(module: Any, engine: str) -> str | None:
             return f"{engine}'s kernel is wrong in three dimensions"
         if engine != "qnnpack" and unlike:
             return f"{engine}'s kernel is wrong with groups, or unlike numbers of channels"
+        padded = any(module.output_padding)
+        by_fbgemm = engine == "fbgemm" or (engine == "x86" and padded)
+        if by_fbgemm and tuple(module.kernel_size) == (2, 2):
+            return f"{engine}'s kernel is wrong with 2 x 2 weights"
+        if engine == "onednn" and padded:
+            return f"{engine} has no kernel with output padding"
+        if engine == "onednn" and set(module.kernel_size) == {1} and max(module.stride) > 1:
+            return f"{engine}'s kernel is wrong with 1 x 1 weights and a stride"
     if isinstance(module, nn.modules.conv._ConvNd):
         kernels = ("zeros",) if isinstance(module, nn.Conv3d) else ("zeros", "reflect")
         if module.padding_mode not in kernels:
