@@ -108,11 +108,9 @@ class Augmentation:
 
             top, left, mirrored = draw(2 * self.padding), draw(2 * self.padding), draw(1)
             if self.flip == "alternating":
-                key = derived_seed(
-                    self.seed, 0, 1
-                )  # no epoch's: zeros at the end of a key count for nothing
-                generator_of_all_epochs = torch.Generator().manual_seed(key)
-                first = torch.randint(2, (self.count,), generator=generator_of_all_epochs)
+                # no epoch's key: zeros at the end of one count for nothing
+                for_all_epochs = torch.Generator().manual_seed(derived_seed(self.seed, 0, 1))
+                first = torch.randint(2, (self.count,), generator=for_all_epochs)
                 mirrored = (first + epoch) % 2
             elif self.flip == "none":
                 mirrored = torch.zeros_like(mirrored)
