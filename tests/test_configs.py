@@ -104,8 +104,16 @@ def test_biases_and_batch_norm_do_not_decay() -> None:
 @pytest.mark.parametrize("name", QCONFIGS)
 def test_every_named_qconfig_is_a_choice(name: str) -> None:
     qconfig = instantiate(composed("stage=qat", f"qconfig={name}").callbacks.result.qconfig)
-    assert qconfig.engine == QCONFIGS[name]().engine
-    assert sorted(path.stem for path in (CONF / "qconfig").iterdir()) == sorted(QCONFIGS)
+    assert qconfig.knobs == QCONFIGS[name]().knobs
+    files = {path.stem for path in (CONF / "qconfig").glob("*.yaml")}
+    assert files == {*QCONFIGS, "custom"}
+
+
+def test_a_scheme_of_ones_own_starts_from_the_default() -> None:
+    custom = composed("stage=qat", "qconfig=custom").callbacks.result.qconfig
+    assert instantiate(custom).knobs == QCONFIGS["x86"]().knobs
+    custom = composed("stage=qat", "qconfig=custom", "qconfig.weight_bits=3").callbacks.result
+    assert instantiate(custom.qconfig).knobs["weight_bits"] == 3
 
 
 @pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.stem)

@@ -1,5 +1,6 @@
 """The LightningModule: cross-entropy, SGD, a schedule, accuracy."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.ao import quantization as tq
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_qat.checkpoint import load_weights
@@ -30,6 +32,8 @@ class ImageClassifier(pl.LightningModule):
         momentum, nesterov, weight_decay: of SGD.
         decay_all: let weight decay act on biases and batch-norm, too, not on the weights of layers
             only (He et al., "Bag of Tricks for Image Classification", 2018, section 3.1).
+        scale_learning_rate: of scales that fake-quantisers learn, as in LSQ, per process as well.
+            None = ``learning_rate``, as in its paper. They have no weight decay.
         label_smoothing: share of the training target that all classes get alike (Szegedy et al.,
             "Rethinking the Inception Architecture", 2015, section 7).
         milestones: epochs that divide the learning rate by ten. None = one cycle (Smith and Topin,
@@ -38,6 +42,9 @@ class ImageClassifier(pl.LightningModule):
         weights_hint: what to do where there is no such file, for the error message.
         starts_trained: ``weights`` must be there and of just this network and normalisation;
             otherwise published weights for other classes will do.
+        distill: learn from what the network says that ``weights`` make, too: half of the loss is
+            the cross-entropy with its probabilities (Hinton et al., "Distilling the Knowledge in a
+            Neural Network", 2015, at temperature 1).
         compile: mode of torch.compile for training steps, such as ``default`` or
             ``reduce-overhead`` (CUDA graphs). None = eager.
     """
@@ -61,6 +68,8 @@ class ImageClassifier(pl.LightningModule):
         weights: str | None = None,
         weights_hint: str = "check the path.",
         starts_trained: bool = False,
+        scale_learning_rate: float | None = None,
+        distill: bool = False,
         compile: str | None = None,
     ) -> None:
         super().__init__()
@@ -68,6 +77,9 @@ class ImageClassifier(pl.LightningModule):
         checked_float("model.momentum", momentum, lowest=0)
         checked_float("model.weight_decay", weight_decay, lowest=0)
         checked_bool("model.decay_all", decay_all)
+        checked_bool("distill", distill)
+        if scale_learning_rate is not None:
+            checked_float("model.scale_learning_rate", scale_learning_rate, lowest=0)
         checked_float("model.label_smoothing", label_smoothing, lowest=0)
         if label_smoothing > 1:
             raise UserError(f"model.label_smoothing={label_smoothing}: set it to 0 to 1.")
@@ -81,7 +93,7 @@ class ImageClassifier(pl.LightningModule):
         if milestones is not None and not isinstance(milestones, Sequence):
             raise UserError(f"model.milestones={milestones!r}: set it to a list, such as [10,15].")
         self.save_hyperparameters(
-            ignore=["net", "weights", "weights_hint", "starts_trained", "compile"]
+            ignore=["net", "weights", "weights_hint", "starts_trained", "distill", "compile"]
         )
         self._compile_mode = compile
         self._compiled: list[Callable[[Tensor], Tensor]] = []  # a list: not one more submodule
@@ -93,6 +105,9 @@ class ImageClassifier(pl.LightningModule):
             load_weights(self.net, weights, "net", hparams, hint=weights_hint, new_head=new_head)
         elif starts_trained:
             raise UserError(f"this stage starts from trained weights: {weights_hint}")
+        self._teacher: list[nn.Module] = []  # a list: neither trained nor saved
+        if distill:
+            self._teacher.append(copy.deepcopy(self.net).requires_grad_(False).eval())
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.accuracy = nn.ModuleDict(
@@ -110,6 +125,8 @@ class ImageClassifier(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """On a CPU gradients come contiguous: weights that are so, too, save a copy of each."""
+        for teacher in self._teacher:
+            teacher.to(self.device)
         if self.device.type == "cpu":
             self.net.to(memory_format=torch.contiguous_format)
 
@@ -132,7 +149,7 @@ class ImageClassifier(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of a batch of (images, labels)."""
-        loss = self._loss(batch, "train", self.accuracy["fit"], self.hparams["label_smoothing"])
+        loss = self._loss(batch, "train", self.accuracy["fit"])
         if batch_idx % LOSS_CHECK_EVERY == 0:
             self._refuse_divergence(loss)
         return loss
@@ -162,15 +179,25 @@ class ImageClassifier(pl.LightningModule):
         self._loss(batch, "test", self.accuracy["test"])
 
     def configure_optimizers(self) -> Any:
-        """SGD over all parameters."""
+        """SGD over all parameters, in groups: weights, biases and batch-norm, learned scales."""
         hparams = self.hparams
         learning_rate = hparams["learning_rate"] * self.trainer.world_size
-        weights: dict[str, Any] = {"params": [x for x in self.parameters() if x.ndim > 1]}
-        others: dict[str, Any] = {"params": [x for x in self.parameters() if x.ndim <= 1]}
+        fake_quants = [x for x in self.modules() if isinstance(x, tq.FakeQuantizeBase)]
+        scales = [scale for fake_quant in fake_quants for scale in fake_quant.parameters()]
+        learned = {id(scale) for scale in scales}
+        trained = [x for x in self.parameters() if id(x) not in learned]
+        groups: list[dict[str, Any]] = [
+            {"params": [x for x in trained if x.ndim > 1]},
+            {"params": [x for x in trained if x.ndim <= 1]},
+        ]
         if not hparams["decay_all"]:
-            others["weight_decay"] = 0.0
+            groups[1]["weight_decay"] = 0.0
+        if scales:
+            own = hparams["scale_learning_rate"]
+            rate = learning_rate if own is None else own * self.trainer.world_size
+            groups.append({"params": scales, "lr": rate, "weight_decay": 0.0})
         optimizer = torch.optim.SGD(
-            [weights, others],
+            groups,
             lr=learning_rate,
             momentum=hparams["momentum"],
             nesterov=hparams["nesterov"],
@@ -184,7 +211,7 @@ class ImageClassifier(pl.LightningModule):
             return {"optimizer": optimizer, "lr_scheduler": schedule}
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
-            max_lr=learning_rate,
+            max_lr=[group["lr"] for group in optimizer.param_groups],
             total_steps=self._total_steps(),
             cycle_momentum=False,
         )
@@ -204,12 +231,15 @@ class ImageClassifier(pl.LightningModule):
                 f"{self.hparams['learning_rate']}) and start again."
             )
 
-    def _loss(
-        self, batch: tuple[Tensor, Tensor], stage: str, accuracy: Any, smoothing: float = 0.0
-    ) -> Tensor:
+    def _loss(self, batch: tuple[Tensor, Tensor], stage: str, accuracy: Any) -> Tensor:
         images, labels = batch
         logits = self(images)
+        smoothing = self.hparams["label_smoothing"] if stage == "train" else 0.0
         loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        if self._teacher and stage == "train":
+            with torch.no_grad():
+                taught = self._teacher[0]((images - self.mean) / self.std).softmax(1)
+            loss = (loss + F.cross_entropy(logits, taught)) / 2
         accuracy(logits, labels)
         self.log(f"{stage}/loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True)
         self.log(f"{stage}/accuracy", accuracy, prog_bar=True, on_step=False, on_epoch=True)

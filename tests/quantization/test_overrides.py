@@ -102,7 +102,7 @@ def test_the_longest_name_wins_and_names_win_over_types(tmp_path: Path) -> None:
         ({"block.relu": None}, "'block.relu' changes nothing"),
         ({7: None}, "7 is neither the name of a layer nor a type"),
         (["fc"], "set it to a mapping"),
-        ({"": None}, "no layer ''"),
+        ({"": None}, "holds no layer"),
     ],
 )
 def test_overrides_that_mean_nothing_are_refused(

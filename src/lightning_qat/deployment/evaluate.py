@@ -23,7 +23,7 @@ from lightning_qat.deployment.openvino_export import is_installed
 from lightning_qat.deployment.pixels import for_pixels
 from lightning_qat.deployment.runtimes import Runtime, load
 from lightning_qat.quantization.damage import layer_damage
-from lightning_qat.quantization.qconfig import activation_range
+from lightning_qat.quantization.resolve import activation_range
 
 log = logging.getLogger(__name__)
 

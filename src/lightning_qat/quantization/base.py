@@ -24,11 +24,14 @@ from lightning_qat.quantization.compatibility import (
     average_integers_as_integers,
     is_a,
     refuse_overlap,
+    refuse_what_cannot_be_prepared,
     refuse_what_cannot_work,
+    warn_of_learned_scales,
 )
-from lightning_qat.quantization.convert import Int8Model, convert, is_converted
+from lightning_qat.quantization.convert import Int8Model, convert
+from lightning_qat.quantization.learned_scale import learned_scales
 from lightning_qat.quantization.prepare import is_prepared, prepare_qat
-from lightning_qat.quantization.qconfig import describe, resolve_overrides, resolve_qconfig
+from lightning_qat.quantization.resolve import describe, resolve_overrides, resolve_qconfig
 
 
 class QuantizationCallback(pl.Callback):
@@ -47,6 +50,7 @@ class QuantizationCallback(pl.Callback):
         target: dotted name of the submodule to quantise.
         overrides: another qconfig for some layers, by their name in ``target`` (which covers what
             is below it; ``layer_damage`` lists them) or by their type; None keeps them in float.
+        only: the one layer, or part, that is quantised, as to see what it costs; None = all.
         fuse: lists of names of modules to fuse; None = all that can be fused.
         allow_saturation: permit a qconfig whose sums this CPU's kernels cannot hold.
 
@@ -66,11 +70,14 @@ class QuantizationCallback(pl.Callback):
         target: str = "net",
         *,
         overrides: Mapping[Any, str | tq.QConfig | None] | None = None,
+        only: str | None = None,
         fuse: Sequence[Sequence[str]] | None = None,
         allow_saturation: bool = False,
     ) -> None:
         self.qconfig, self.engine = resolve_qconfig(qconfig, allow_saturation)
         self.overrides = resolve_overrides(overrides or {}, self.engine, allow_saturation)
+        if only is not None:
+            self.overrides = {"": None, only: self.qconfig, **self.overrides}
         self.target = target
         self.fuse = fuse
         self.in_float: dict[str, str] = {}
@@ -160,6 +167,7 @@ class QuantizationCallback(pl.Callback):
         if self._to_check is not None:
             check_at_first_forward(self._network(pl_module), self._to_check)
             self._to_check = None
+        warn_of_learned_scales(trainer, self._network(pl_module))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if is_a(callback, "WeightAveraging"):
                 average_integers_as_integers(callback)
@@ -182,6 +190,7 @@ class QuantizationCallback(pl.Callback):
                     f"{self.target!r} itself but holds its layers by another name: use that one."
                 )
             self._all_observed = True
+            self._take_statistics_of_rank_0(trainer, pl_module)  # initial scales are each one's own
         if trainer.is_last_batch:  # what is validated and saved after an epoch
             self._round_biases(trainer, pl_module)
 
@@ -232,21 +241,13 @@ class QuantizationCallback(pl.Callback):
     ) -> None:
         # DDP by itself leaves the last step's apart, and all of them in manual optimisation (PTQ)
         if trainer.world_size > 1:
-            for statistic in self._network(pl_module).buffers():
+            net = self._network(pl_module)
+            for statistic in [*net.buffers(), *(x.data for x in learned_scales(net))]:
                 torch.distributed.broadcast(statistic, src=0)
 
     def _prepare(self, pl_module: pl.LightningModule) -> None:
         net = self._network(pl_module)
-        if hasattr(net, "_orig_mod"):
-            raise UserError(
-                f"target={self.target!r} has been compiled, which hides its layers: compile the "
-                "LightningModule instead, `trainer.fit(torch.compile(module))`, or not at all."
-            )
-        if is_converted(net):
-            raise UserError(
-                f"target={self.target!r} is an INT8 model, whose integers cannot be trained: fit "
-                "the float network that it was made of."
-            )
+        refuse_what_cannot_be_prepared(net, self.target)
         if is_prepared(net):
             scheme = getattr(net, "scheme", None)
             if scheme != self._scheme:

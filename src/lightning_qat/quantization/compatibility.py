@@ -1,14 +1,17 @@
-"""Lightning's other callbacks: which ones cannot work beside quantisation, and what others need."""
+"""What cannot work with quantisation, beside it, or only if something is done about it."""
 
 import functools
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
 from torch.ao import quantization as tq
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_qat.errors import UserError
+from lightning_qat.quantization.convert import is_converted
+from lightning_qat.quantization.learned_scale import LearnedScaleFakeQuantize, learned_scales
 
 
 def is_a(callback: Any, name: str) -> bool:
@@ -57,6 +60,36 @@ def refuse_overlap(target: str, other: str) -> None:
         )
 
 
+def refuse_what_cannot_be_prepared(net: nn.Module, target: str) -> None:
+    """Check that ``net`` is a network in float whose layers can be seen.
+
+    Raises:
+        UserError: it is not.
+    """
+    if hasattr(net, "_orig_mod"):
+        raise UserError(
+            f"target={target!r} has been compiled, which hides its layers: compile the "
+            "LightningModule instead, `trainer.fit(torch.compile(module))`, or not at all."
+        )
+    if is_converted(net):
+        raise UserError(
+            f"target={target!r} is an INT8 model, whose integers cannot be trained: fit "
+            "the float network that it was made of."
+        )
+
+
+def warn_of_learned_scales(trainer: pl.Trainer, net: nn.Module) -> None:
+    """Say where an optimizer would leave learned scales alone, or draw them to 0."""
+    scales = {id(scale) for scale in learned_scales(net)}
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    of_scale = {id(x): group for group in groups for x in group["params"] if id(x) in scales}
+    advice = "give `learned_scales(self)` (lightning_qat.quantization) a group of their own"
+    if len(of_scale) < len(scales):
+        rank_zero_warn(f"no optimizer has all learned scales of this qconfig: {advice}.")
+    if any(group.get("weight_decay") for group in of_scale.values()):
+        rank_zero_warn(f"weight decay draws learned scales to 0: {advice} with weight_decay=0.")
+
+
 def average_integers_as_integers(callback: Any) -> None:
     """Keep Lightning's weight averaging away from zero points and switches.
 
@@ -75,6 +108,9 @@ def average_integers_as_integers(callback: Any) -> None:
                 for x, now in zip(mean.buffers(), current.buffers(), strict=True):
                     if not x.is_floating_point():
                         x.copy_(now)
+                if isinstance(mean, LearnedScaleFakeQuantize):
+                    mean.follow_parameters()
+                    continue
                 observer: Any = getattr(mean, "activation_post_process", None)
                 if hasattr(observer, "min_val") and observer.min_val.numel():
                     zero_point: Any = mean.zero_point

@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from lightning_qat.errors import UserError
 from lightning_qat.quantization.conv_bn import as_torchs_own
+from lightning_qat.quantization.fake_quantize import integer_limits
 from lightning_qat.quantization.functions import float_functional_of
 from lightning_qat.quantization.kernels import INTEGER_LAYERS, is_off_in_evaluation
 from lightning_qat.quantization.trace import BY_MODE
@@ -63,16 +64,23 @@ def convert(fake_quantised: nn.Module, engine: str) -> Int8Model:
     model: Any = copy.deepcopy(fake_quantised).cpu().eval()
     for module in model.modules():
         if isinstance(module, tq.FakeQuantizeBase):
-            module.disable_observer()  # convert passes the weights through once more
+            module.disable_observer()
+            module.register_forward_hook(_leave_rounded)  # convert calls those of weights
             module.calculate_qparams = _TrainedQParams(module)  # type: ignore[assignment]
     _leave_training_behind(model)
     _clamp_after_rounding(model)
+    _clip_where_kernels_do_not(model)
     _fold_what_torch_does_not(model)
     with quantised_engine(engine):
         model = tq.convert(model, mapping=INTEGER_LAYERS, inplace=True)
     int8_model = Int8Model(model, model.graph, type(fake_quantised).__name__)
     int8_model.meta["engine"] = engine
     return int8_model.eval()
+
+
+def clip_name(node: str) -> str:
+    """The node of an INT8 model that ends the range of what ``node`` gives, where it has one."""
+    return f"clip_{node}"
 
 
 def is_converted(net: nn.Module) -> bool:
@@ -150,6 +158,30 @@ def _fold_what_torch_does_not(model: fx.GraphModule) -> None:
             setattr(model.get_submodule(parent), child, folded.eval())
 
 
+def _leave_rounded(fake_quant: nn.Module, args: tuple[Tensor], rounded: Tensor) -> None:
+    """Clip weights as training did: what quantises them next knows the limits of int8 only."""
+    args[0].data.copy_(rounded)
+
+
+def _clip_where_kernels_do_not(model: fx.GraphModule) -> None:
+    """A clamp behind what has fewer than 8 bits: kernels end at 0 and 255."""
+    for node in list(model.graph.nodes):
+        module: Any = float_functional_of(model, node) if node.op == "call_method" else None
+        if node.op == "call_module":
+            module = model.get_submodule(str(node.target))
+        fake_quant: Any = getattr(module, "activation_post_process", None)
+        limits = integer_limits(fake_quant)
+        if limits == (0, 255):
+            continue
+        scale, zero_point = (x.item() for x in (fake_quant.scale, fake_quant.zero_point))
+        clip = nn.Hardtanh(*((limit - zero_point) * scale for limit in limits))
+        name = clip_name(node.name)
+        model.add_submodule(name, clip)
+        with model.graph.inserting_after(node):
+            clipped = model.graph.call_module(name, (node,))
+        node.replace_all_uses_with(clipped, lambda user, own=clipped: user is not own)
+
+
 class _TrainedQParams:
     """``calculate_qparams`` that gives what training used."""
 
@@ -157,7 +189,7 @@ class _TrainedQParams:
         self.fake_quant = fake_quant
 
     def __call__(self) -> tuple[Tensor, Tensor]:
-        scale, zero_point = self.fake_quant.scale, self.fake_quant.zero_point
+        scale, zero_point = self.fake_quant.scale.detach(), self.fake_quant.zero_point
         if self.fake_quant.ch_axis == -1:  # quantised batch-norm wants numbers, not vectors of one
             return scale.reshape(()), zero_point.reshape(())
         return scale, zero_point

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.ao import quantization as tq
 
+from lightning_qat.quantization.convert import clip_name
+from lightning_qat.quantization.fake_quantize import integer_limits
 from lightning_qat.quantization.functions import float_functional_of
 
 _IMAGES_AT_ONCE = 32  # what a layer gives for them is held in memory a few times over
@@ -55,7 +57,7 @@ def layer_damage(
         - ``weight_min``, ``weight_max``: with batch-norm folded in; None where it has no weights.
         - ``activation_min``, ``activation_max``: of its float output, behind its activation.
         - ``clipped``: share, 0..1, of its float outputs that lie more than half a step outside of
-          what its integers, 0..255 in the kernels, can say.
+          what its integers can say: 0..255 in the kernels, fewer with fewer bits.
     """
     net: Any = copy.deepcopy(fake_quantised).eval()
     net.apply(tq.disable_observer).apply(tq.disable_fake_quant)
@@ -92,7 +94,9 @@ class _Damage:
         """A hook of the weight's fake-quantiser, which gets it with batch-norm folded in."""
         self.weight_min, self.weight_max = (x.item() for x in args[0].aminmax())
 
-    def add(self, expected: Tensor, alone: Tensor, integers: Tensor) -> None:
+    def add(
+        self, expected: Tensor, alone: Tensor, integers: Tensor, limits: tuple[int, int]
+    ) -> None:
         """Count in one batch: float, only this layer quantised, all quantised."""
         self.signal += _power(expected)
         self.own_noise += _power(alone - expected)
@@ -100,9 +104,9 @@ class _Damage:
         low, high = (x.item() for x in expected.aminmax())
         self.activation_min = min(self.activation_min, low)
         self.activation_max = max(self.activation_max, high)
-        limits = torch.iinfo(integers.dtype)
+        lowest, highest = limits
         steps = expected / integers.q_scale() + integers.q_zero_point()
-        outside = (steps < limits.min - 0.5) | (steps > limits.max + 0.5)
+        outside = (steps < lowest - 0.5) | (steps > highest + 0.5)
         self.clipped += int(outside.sum())
         self.values += expected.numel()
 
@@ -127,6 +131,7 @@ class _Layer:
     damage: _Damage
     modules: list[nn.Module]  # the layer and, where there are any, its clamp and the rounding
     in_int8: str  # the node of the INT8 model that gives the same
+    limits: tuple[int, int]  # of its integers
 
 
 def _integer_layers(net: fx.GraphModule, int8: Any) -> dict[fx.Node, _Layer]:
@@ -147,7 +152,11 @@ def _integer_layers(net: fx.GraphModule, int8: Any) -> dict[fx.Node, _Layer]:
         damage = damages.setdefault(name, _Damage(name, _KINDS.get(kind, kind) + clamp))
         if hasattr(module, "weight_fake_quant"):
             module.weight_fake_quant.register_forward_pre_hook(damage.see_weight)
-        layers[node] = _Layer(damage, modules, (behind[0] if behind else node).name)
+        last = (behind[0] if behind else node).name
+        clipped = clip_name(last)
+        rounding = modules[-1] if behind else getattr(module, "activation_post_process", None)
+        in_int8_as = clipped if clipped in in_int8 else last
+        layers[node] = _Layer(damage, modules, in_int8_as, integer_limits(rounding))
     return layers
 
 
@@ -196,7 +205,8 @@ class _Comparison(fx.Interpreter):
             alone = chain(super().run_node(n))
             for module in layer.modules:
                 module.apply(tq.disable_fake_quant)
-            layer.damage.add(chain(value), alone, self.integers.pop(layer.in_int8))
+            integers = self.integers.pop(layer.in_int8)
+            layer.damage.add(chain(value), alone, integers, layer.limits)
         return value
 
 

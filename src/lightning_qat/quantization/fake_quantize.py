@@ -48,36 +48,69 @@ class _RoundAndClip(torch.autograd.Function):
         return gradient * inside, None, None, None, None
 
 
-class _Switched(tq.FakeQuantize):
-    """Observes and rounds by Python flags; the tensors of these names are torch's, and unused."""
+def _power_of_two(scale: Tensor) -> Tensor:
+    """The smallest power of two that is not below ``scale``."""
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+
+class SwitchedFakeQuantize(tq.FakeQuantize):
+    """Observes and rounds by Python flags; the tensors of these names are torch's, and unused.
+
+    Takes the arguments of ``torch.ao.quantization.FakeQuantize``, and:
+
+    Args:
+        clip: whether integers end at ``quant_min`` and ``quant_max``; else at the dtype's limits.
+        power_of_two: whether scales are rounded up to a power of two, which is a shift in hardware.
+
+    Attributes:
+        limits: the lowest and the highest integer.
+    """
+
+    def __init__(
+        self, *args: Any, clip: bool = False, power_of_two: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.observes = self.rounds = True
+        self.power_of_two = power_of_two
+        kernel = torch.iinfo(self.dtype)
+        self.limits = (self.quant_min, self.quant_max) if clip else (kernel.min, kernel.max)
 
     def extra_repr(self) -> str:
+        """What torch prints of this module."""
         return (
             f"observes={self.observes}, rounds={self.rounds}, quant_min={self.quant_min}, "
-            f"quant_max={self.quant_max}, dtype={self.dtype}, qscheme={self.qscheme}, "
-            f"scale={self.scale}, zero_point={self.zero_point}"
+            f"quant_max={self.quant_max}, limits={self.limits}, dtype={self.dtype}, "
+            f"qscheme={self.qscheme}, scale={self.scale}, zero_point={self.zero_point}"
         )
 
     def enable_observer(self, enabled: bool = True) -> None:
+        """Take what comes in into account for the scale, or not."""
         self.observes = enabled
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Round, or pass on what comes in."""
         self.rounds = enabled
 
 
-class KernelRangeFakeQuantize(_Switched):
-    """Per-tensor fake quantisation that clips only at the dtype's limits.
+def integer_limits(fake_quant: Any) -> tuple[int, int]:
+    """The lowest and the highest integer of an activation's fake-quantiser, of ours or torch's.
+
+    torch's of 7 bits count as the kernels' 0..255: a clamp for them would cost more than it mends.
+    """
+    if isinstance(fake_quant, SwitchedFakeQuantize):
+        return fake_quant.limits
+    highest = getattr(fake_quant, "quant_max", 255)
+    return (fake_quant.quant_min, highest) if highest < 127 else (0, 255)
+
+
+class KernelRangeFakeQuantize(SwitchedFakeQuantize):
+    """Per-tensor fake quantisation that clips where the integer kernels do.
 
     With ``quant_max=127`` the observed maximum maps to 127, so that the pair sums of AVX2's 8-bit
     products do not saturate. torch's own fake-quantisers then clip at 127 as well, which no integer
     kernel does: those keep values up to 255. Training would learn a clip that deployment does not
-    have, so here ``quant_max`` decides the scale and the dtype decides the clip.
-
-    Takes the arguments of ``torch.ao.quantization.FakeQuantize``.
+    have, so here ``quant_max`` decides the scale and, without ``clip``, the dtype decides the clip.
     """
 
     def forward(self, X: Tensor) -> Tensor:  # noqa: N803 (torch's name)
@@ -85,12 +118,15 @@ class KernelRangeFakeQuantize(_Switched):
         if self.observes:
             self.activation_post_process(X.detach())
             scale, zero_point = self.activation_post_process.calculate_qparams()
+            if self.power_of_two:
+                own, scale = scale, _power_of_two(scale)
+                zero_point = torch.round((zero_point - self.quant_min) * (own / scale))
+                zero_point = zero_point + self.quant_min
             self.scale.copy_(scale)
             self.zero_point.copy_(zero_point)
         if not self.rounds:
             return X
-        limits = torch.iinfo(self.dtype)
-        return _RoundAndClip.apply(X, self.scale, self.zero_point, limits.min, limits.max)
+        return _RoundAndClip.apply(X, self.scale, self.zero_point, *self.limits)
 
 
 class MovingAverageObserver(tq.MovingAverageMinMaxObserver):
@@ -119,15 +155,13 @@ class MovingAverageObserver(tq.MovingAverageMinMaxObserver):
         return scale, zero_point.clamp(self.quant_min, self.quant_max).to(torch.int32)
 
 
-class SymmetricFakeQuantize(_Switched):
+class SymmetricFakeQuantize(SwitchedFakeQuantize):
     """Fake quantisation of weights, whose zero point is 0 whatever they are.
 
     The range is that of the weights at hand, no average, and max|w| is the integer ``quant_max``.
     torch's ``FusedMovingAvgObsFakeQuantize`` does the same, except for channels whose weights all
     have one sign, as those of a 3x3 depthwise or a small 1x1 convolution often have: these get a
     zero point at the end of the range, which ONNX Runtime and oneDNN refuse.
-
-    Takes the arguments of ``torch.ao.quantization.FakeQuantize``.
     """
 
     def forward(self, X: Tensor) -> Tensor:  # noqa: N803 (torch's name)
@@ -146,11 +180,12 @@ class SymmetricFakeQuantize(_Switched):
 
     def _observe(self, weight: Tensor) -> None:
         observer = self.activation_post_process
+        # ch_axis is -1 for one scale a tensor
         axes = [axis for axis in range(weight.dim()) if axis != self.ch_axis]
-        axes = axes if self.is_per_channel else list(range(weight.dim()))
         # not aminmax, which would first copy weights that are channels_last
         low, high = weight.amin(axes), weight.amax(axes)
         scale = torch.maximum(-low, high).div(self.quant_max).clamp_min(SMALLEST_SCALE)
+        scale = _power_of_two(scale) if self.power_of_two else scale
         if observer.min_val.shape != low.shape:  # the first time
             observer.min_val.resize_(low.shape)
             observer.max_val.resize_(high.shape)

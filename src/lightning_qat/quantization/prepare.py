@@ -68,8 +68,9 @@ def prepare_qat(
         qconfig: for every layer that ``overrides`` does not name.
         engine: the quantised engine of torch that the network will be converted for.
         overrides: qconfig by name or by type of layers; None as the value = in float. A name also
-            covers everything below it; the longest name wins, and names win over types. What is a
-            function in ``net``, such as a sum, has the name that ``functions_to_modules`` gives it.
+            covers everything below it, and "" the whole network; the longest name wins, and names
+            win over types. What is a function in ``net``, such as a sum, has the name that
+            ``functions_to_modules`` gives it.
         chains: names of the modules to fuse; None = all that can be.
         scheme: the arguments in words, which a checkpoint of the result has to match.
 
@@ -98,7 +99,7 @@ def prepare_qat(
         parts = name.split(".")
         around = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
         layer = module[0] if isinstance(module, _FusedModule) else module
-        keys: list[Any] = [*around, type(layer), *(types.get(prefix) for prefix in around)]
+        keys: list[Any] = [*around, type(layer), *(types.get(prefix) for prefix in around), ""]
         for key in keys:
             if key in overrides:
                 used.add(key)
@@ -142,10 +143,10 @@ def _check_overrides(
     overrides: Overrides, types: Mapping[str, type], graph_module: fx.GraphModule
 ) -> None:
     """Names are those of the network's modules, and of what its functions have become."""
-    names = [name for name in {**types, **dict(graph_module.named_modules())} if name]
+    names = list({**types, **dict(graph_module.named_modules())})
     for key in overrides:
         if (key not in names) if isinstance(key, str) else (key not in types.values()):
-            close = difflib.get_close_matches(str(key), names) or names[:5]
+            close = difflib.get_close_matches(str(key), names) or names[1:6]
             raise UserError(
                 f"overrides: {types[''].__name__} has no layer {key!r}. Names are those of its "
                 f"submodules, such as {', '.join(close)}; types are classes, such as "

@@ -31,6 +31,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         target: dotted name of the submodule to quantise.
         overrides: another qconfig for some layers, by their name in ``target`` (which covers what
             is below it) or by their type; None as the value keeps them in float.
+        only: the one layer, or part, that is quantised, as to see what it costs; None = all.
         fuse: lists of names of modules to fuse; None = all that can be fused, and the network's own
             ``fuse_model(is_qat=True)`` first, where it has one.
         freeze_batch_norm_epoch: from this epoch on batch-norm uses and keeps its running
@@ -46,13 +47,19 @@ class QuantizationAwareTraining(QuantizationCallback):
         target: str = "net",
         *,
         overrides: Mapping[Any, str | tq.QConfig | None] | None = None,
+        only: str | None = None,
         fuse: Sequence[Sequence[str]] | None = None,
         freeze_batch_norm_epoch: int | None = None,
         freeze_observer_epoch: int | None = None,
         allow_saturation: bool = False,
     ) -> None:
         super().__init__(
-            qconfig, target, overrides=overrides, fuse=fuse, allow_saturation=allow_saturation
+            qconfig,
+            target,
+            overrides=overrides,
+            only=only,
+            fuse=fuse,
+            allow_saturation=allow_saturation,
         )
         for name, epoch in (
             ("freeze_batch_norm_epoch", freeze_batch_norm_epoch),

@@ -18,6 +18,7 @@ from lightning_qat.quantization.kernels import (
     keeps_scale,
     limitation,
 )
+from lightning_qat.quantization.qconfig import of_an_end
 from lightning_qat.quantization.trace import BY_MODE
 
 # The qconfig of a layer by its name; None keeps it in float.
@@ -46,6 +47,12 @@ class _Marking:
         self.qconfigs: dict[fx.Node, tq.QConfig | None] = {}  # of a tensor; None = it is a float
         self.rounds: set[fx.Node] = set()  # layers and sums: they round to a scale of their own
         self.stubs: dict[tuple[fx.Node, tq.QConfig | None], fx.Node] = {}
+        self.layers = [
+            node
+            for node in self.graph.nodes
+            if node.op == "call_module"
+            and type(graph_module.get_submodule(str(node.target))) in QAT_LAYERS
+        ]
         shapes = shape_nodes(self.graph)
         for node in list(self.graph.nodes):
             functional = float_functional_of(graph_module, node)
@@ -62,6 +69,7 @@ class _Marking:
                     node.replace_input_with(source, self._stub_after(source, wanted))
             if wanted and type(module) in CLAMPS and self._is_alone_behind(sources[0]):
                 self._round_after(node, wanted)
+        self._widen_what_is_not_multiplied()
         self.graph.lint()
         graph_module.recompile()
 
@@ -86,6 +94,8 @@ class _Marking:
             if qconfig is None:
                 self.in_float[name] = reason or "kept in float by `overrides`"
                 return None
+            if is_layer and node in (self.layers[0], self.layers[-1]):
+                qconfig = of_an_end(qconfig, is_last=node is self.layers[-1])
             module.qconfig = qconfig
             if is_layer or functional:
                 self.rounds.add(node)
@@ -105,6 +115,43 @@ class _Marking:
         ):
             self.in_float[name] = "no exact integer kernel"
         return None
+
+    def _widen_what_is_not_multiplied(self) -> None:
+        """Bits are what products cost: what layers do not read, such as both sides of a sum, has 8.
+
+        That is how integer networks of few bits have their residual sums.
+        """
+        rounding: dict[nn.Module, list[fx.Node]] = {}
+        for node in [*self.rounds, *self.stubs.values(), *self.qconfigs]:
+            module = float_functional_of(self.graph_module, node)
+            if node.op == "call_module":
+                module = self.graph_module.get_submodule(str(node.target))
+            if isinstance(module, nn.Module) and node.op != "get_attr":
+                rounding.setdefault(module, []).append(node)
+        for module, nodes in rounding.items():
+            own: Any = getattr(module, "qconfig", None) or self.qconfigs.get(nodes[0])
+            wide = getattr(own, "wide", None)
+            if wide is None or any(self._is_multiplied(node) for node in nodes):
+                continue
+            if isinstance(module, tq.FakeQuantizeBase):
+                self.graph_module.set_submodule(str(nodes[0].target), wide.activation())
+            elif getattr(module, "qconfig", None) and own.activation is not nn.Identity:
+                mixed: Any = tq.QConfig(activation=wide.activation, weight=own.weight)
+                module.qconfig = mixed
+
+    def _is_multiplied(self, node: fx.Node) -> bool:
+        """Whether a layer of few bits, or a product, reads what ``node`` gives."""
+        for user in node.users:
+            functional = float_functional_of(self.graph_module, user)
+            if user in self.layers:
+                found = getattr(self.qconfigs[user], "wide", None) is not None
+            elif functional is not None:
+                found = user.target == "mul"
+            else:
+                found = bool(self.qconfigs.get(user)) and self._is_multiplied(user)
+            if found:
+                return True
+        return False
 
     def _may_upsample_signals(self, node: fx.Node, module: Any) -> bool:
         """There is no integer kernel for tensors of three dimensions."""
@@ -137,7 +184,8 @@ class _Marking:
         key = (source, qconfig)
         if key not in self.stubs:
             stub: Any = tq.QuantStub() if qconfig else tq.DeQuantStub()
-            stub.qconfig = qconfig or self.qconfigs[source]  # without one it is not converted
+            # without a qconfig it would not be converted
+            stub.qconfig = getattr(qconfig, "of_input", None) or qconfig or self.qconfigs[source]
             name = f"{'quant' if qconfig else 'dequant'}_{source.name}"
             if qconfig and source.op != "call_module":  # it may be a mask
                 with self.graph.inserting_after(source):
