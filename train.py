@@ -8,6 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lightning_qat import cli
+from lightning_qat.overrides import as_typed
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -61,7 +62,7 @@ def main(cfg: DictConfig) -> None:
         "seed": cfg.seed,
         "epochs": trainer.current_epoch if trainer.global_step else 0,  # calibration trains none
         "training": {"seconds": timer.time_elapsed("train"), "processes": trainer.world_size},
-        "command": shlex.join(["python", "train.py", *HydraConfig.get().overrides.task]),
+        "command": shlex.join(["python", "train.py", *as_typed(HydraConfig.get().overrides.task)]),
         "environment": environment(),
     }
     networks = callbacks["result"].networks

@@ -17,7 +17,7 @@ def test_help_reads_well_and_answers_in_two_seconds() -> None:
     done = run_train("--help")
     assert time.perf_counter() - start < 2
     assert done.returncode == 0
-    for word in ("stage: fp32, ptq, qat", "data: cifar10, digits, folder", "ckpt_path", "seed="):
+    for word in ("stage: fp32, ptq, qat", "data: cifar10, digits, folder", "resume=true", "seed="):
         assert word in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100
 
@@ -93,6 +93,7 @@ def test_a_run_that_succeeds_clears_the_failure_of_an_earlier_one(
     here = f"hydra.run.dir={tmp_path}/run"
     assert train(*QUICK, here, "data.batch_size=0")[0] == 2
     assert (tmp_path / "run" / "failure.json").exists()
-    assert train(*QUICK, here)[0] == 0
+    assert train(*QUICK, here, "+note=${seed}")[0] == 0
     assert not (tmp_path / "run" / "failure.json").exists()
-    assert (tmp_path / "run" / "metrics.json").exists()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert "+note=${seed}" in metrics["command"]

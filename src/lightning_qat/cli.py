@@ -22,12 +22,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_qat import processes
+from lightning_qat import processes, resume
 from lightning_qat.atomic import atomic_path
 from lightning_qat.errors import UserError
+from lightning_qat.overrides import as_typed
+from lightning_qat.resume import FAILURE_FILE
 
 DONE, OUR_FAULT, USERS_MISTAKE = 0, 1, 2
-FAILURE_FILE = "failure.json"
 
 log = logging.getLogger(__name__)
 _status_is_ours = False
@@ -38,18 +39,24 @@ class CommandCheck(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """For a single run."""
-        _check(config, config.hydra.run.dir)
+        folder, overrides = config.hydra.run.dir, config.hydra.overrides.task
+        _check(processes.refused(config) or resume.refused_run(config), folder)
+        if config.resume and resume.is_finished(Path(folder), as_typed(overrides)):
+            if not processes.rank():
+                print(f"{folder} is finished: nothing is left to do.")
+            end(DONE)
         if processes.rank():
             with read_write(config.hydra):
                 config.hydra.output_subdir = None  # the first process writes it
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """For a multirun."""
-        _check(config, config.hydra.sweep.dir)
+        folder = config.hydra.sweep.dir
+        _check(processes.refused(config) or resume.refused_sweep(config), folder)
+        resume.record_sweep(config)
 
 
-def _check(config: DictConfig, folder: str) -> None:
-    message = processes.refused(config)
+def _check(message: str | None, folder: str) -> None:
     if message is None:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -66,27 +73,36 @@ def worst(statuses: Iterable[int]) -> int:
     return max(statuses, key=(DONE, USERS_MISTAKE, OUR_FAULT).index, default=DONE)
 
 
-def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """Wrap the task that Hydra calls, so that one failed job does not stop a multirun."""
+def job(task: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], float | None]:
+    """Wrap the task that Hydra calls, so that one failed job does not stop a multirun.
+
+    With resume=true, a job that is finished already is not done again.
+    """
 
     @functools.wraps(task)
-    def guarded(cfg: DictConfig) -> None:
+    def guarded(cfg: DictConfig) -> float | None:
         hydra = HydraConfig.get()
-        failure = Path(hydra.runtime.output_dir) / FAILURE_FILE
+        folder = Path(hydra.runtime.output_dir)
+        failure = folder / FAILURE_FILE
         processes.begin()
+        if cfg.resume and resume.is_finished(folder, as_typed(hydra.overrides.task)):
+            log.info("%s is finished: skipped", folder)
+            return resume.objective(folder)
         if not processes.rank():
             failure.unlink(missing_ok=True)
         try:
             if processes.wanted(cfg):
                 _run_in_processes(hydra, failure)
             else:
-                task(cfg)
+                resume.prepare(cfg, hydra)
+                return task(cfg)
         except Exception as error:
             processes.let_the_first_speak()
             if not failure.exists():  # else another process has failed, which says why
                 _tell(error, failure)
         if failure.exists() and hydra.mode == RunMode.RUN:
             end(json.loads(failure.read_text())["status"])
+        return None
 
     return guarded
 

@@ -20,6 +20,7 @@ from hydra.utils import get_original_cwd, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_qat.errors import UserError
+from lightning_qat.overrides import as_typed
 
 FIRST_SPEAKS_WITHIN = 10  # seconds, by which processes started together may be apart
 _WATCHED = "LIGHTNING_QAT_WATCHED"
@@ -98,7 +99,7 @@ def is_watched() -> bool:
 def run(hydra: HydraConf) -> int:
     """Run this one job in its own processes; gives the exit status of the first of them."""
     sources = [source for source in hydra.runtime.config_sources if source.provider in _OPTIONS]
-    overrides = [*hydra.overrides.hydra, *hydra.overrides.task]
+    overrides = [*as_typed(hydra.overrides.hydra), *as_typed(hydra.overrides.task)]
     command = [
         sys.executable,
         to_absolute_path(sys.argv[0]),

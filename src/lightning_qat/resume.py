@@ -1,0 +1,223 @@
+"""resume=true: what there is left to do of a sweep, or of a run, that was broken off.
+
+What lies in a folder is told by what is written whole or not at all: metrics.json names the command
+of a finished run, each checkpoint the arguments that made it, arguments.json those of a sweep. Not
+by .hydra/, which Hydra has written anew when a job is called. A job is looked at where it runs,
+which any launcher may have on another machine.
+
+Where there is nothing to resume the job starts, so that a script can always say resume=true.
+"""
+
+import json
+import logging
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hydra.conf import HydraConf
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_qat import processes
+from lightning_qat.atomic import atomic_path
+from lightning_qat.errors import UserError
+from lightning_qat.overrides import as_typed
+
+SWEEP_FILE = "arguments.json"
+FAILURE_FILE = "failure.json"
+
+# The arguments of Hydra's that make another sweep; the others say how it is run, and may differ.
+_OF_THE_SWEEP = (
+    "hydra/sweeper",
+    "hydra.sweeper.params",
+    "hydra.sweeper.sampler",
+    "hydra.sweep.subdir",
+)
+
+log = logging.getLogger(__name__)
+
+Arguments = dict[str, str]
+
+
+def refused_run(config: DictConfig) -> str | None:
+    """Why this single run cannot be resumed, and what to do."""
+    message = _not_a_switch(config)
+    if message or processes.is_watched() or not config.resume:
+        return message
+    if _is_named_by_time(config.hydra.run):
+        return _nowhere("hydra.run.dir=FOLDER", "run")
+    try:
+        refuse_another_job(Path(config.hydra.run.dir), as_typed(config.hydra.overrides.task))
+    except UserError as error:
+        return f"{error} Resume with the same arguments, or name another folder."
+    return None
+
+
+def refused_sweep(config: DictConfig) -> str | None:
+    """Why this sweep cannot start, or not in its folder, and what to do."""
+    folder = Path(config.hydra.sweep.dir)
+    message = _not_a_switch(config) or _empty(config)
+    if message:
+        return message
+    if config.resume and _is_named_by_time(config.hydra.sweep):
+        return _nowhere("hydra.sweep.dir=FOLDER", "sweep")
+    if not any(folder.glob("*/.hydra/hydra.yaml")):
+        return None
+    if not config.resume:
+        return (
+            f"{folder} holds a sweep already, whose results this one would overwrite: add "
+            "resume=true to continue it, or name another folder with hydra.sweep.dir=FOLDER."
+        )
+    then, now = _read(folder / SWEEP_FILE), _sweep_arguments(config)
+    if then is None:
+        return (
+            f"{folder} holds jobs but no {SWEEP_FILE}, so they are not of one sweep, or of one of "
+            "an older version, which cannot be resumed: name another folder."
+        )
+    if list(then.items()) != list(now.items()):  # their order numbers the jobs
+        return (
+            f"{folder} holds another sweep: {_difference(then, now)}. Resume it with the same "
+            "arguments, or name another folder with hydra.sweep.dir=FOLDER."
+        )
+    return None
+
+
+def record_sweep(config: DictConfig) -> None:
+    """Leave in the sweep's folder which sweep it is."""
+    with atomic_path(Path(config.hydra.sweep.dir) / SWEEP_FILE) as partial:
+        partial.write_text(json.dumps(_sweep_arguments(config), indent=2) + "\n")
+
+
+def is_finished(folder: Path, overrides: Iterable[str]) -> bool:
+    """Whether this job has been done in this folder, to the end."""
+    return (
+        _finished_with(folder) == _arguments(overrides)
+        and (folder / "report.html").is_file()  # the last file of a run
+        and not (folder / FAILURE_FILE).exists()
+    )
+
+
+def objective(folder: Path) -> float | None:
+    """What a finished job has returned to the sweeper: its INT8 validation accuracy, 0 to 1."""
+    metrics = _read(folder / "metrics.json") or {}
+    return metrics.get("validation", {}).get("accuracy", {}).get("int8")
+
+
+def prepare(cfg: DictConfig, hydra: HydraConf) -> None:
+    """Let the job go on from its own checkpoint, if it may and there is one.
+
+    Raises:
+        UserError: another job of this sweep has used the folder.
+    """
+    folder, overrides = Path(hydra.runtime.output_dir), as_typed(hydra.overrides.task)
+    if not cfg.resume:
+        if hydra.mode == RunMode.MULTIRUN:  # the sweep's folder was empty when it started
+            try:
+                refuse_another_job(folder, overrides)
+            except UserError as error:
+                raise UserError(
+                    f"{error} Both are jobs of this sweep: put ${{hydra.job.num}} into "
+                    "hydra.sweep.subdir, and name another folder with hydra.sweep.dir=FOLDER."
+                ) from error
+    elif cfg.ckpt_path is None:
+        last = folder / "checkpoints" / "last.ckpt"
+        try:
+            if _trained_with(last) == _arguments(overrides):
+                log.info("goes on from %s", last)
+                cfg.ckpt_path = str(last)
+        except UserError as error:
+            log.warning("starts again: %s", error)
+
+
+def refuse_another_job(folder: Path, overrides: Iterable[str]) -> None:
+    """Check that what lies in the folder, if anything, was made with these arguments.
+
+    Raises:
+        UserError: it was made with other ones.
+    """
+    try:
+        trained = _trained_with(folder / "checkpoints" / "last.ckpt")
+    except UserError:
+        trained = None
+    found = [x for x in (trained, _finished_with(folder)) if x is not None]
+    now = _arguments(overrides)
+    if found and now not in found:
+        raise UserError(f"{folder} holds another run: {_difference(found[0], now)}.")
+
+
+def _finished_with(folder: Path) -> Arguments | None:
+    metrics = _read(folder / "metrics.json")
+    if not metrics or metrics.get("status") != 0:
+        return None
+    return _arguments(shlex.split(metrics["command"])[2:])  # after "python train.py"
+
+
+def _trained_with(checkpoint: Path) -> Arguments | None:
+    if not checkpoint.exists():
+        return None
+    from lightning_qat.made_with import made_with  # imports torch
+
+    return _arguments(made_with(checkpoint))
+
+
+def _sweep_arguments(config: DictConfig) -> Arguments:
+    task, of_hydra = as_typed(config.hydra.overrides.task), as_typed(config.hydra.overrides.hydra)
+    return _arguments([*task, *(x for x in of_hydra if x.lstrip("+~").startswith(_OF_THE_SWEEP))])
+
+
+def _arguments(overrides: Iterable[str]) -> Arguments:
+    """Value by name, without resume=true, which says nothing about the job."""
+    pairs = (override.partition("=") for override in overrides)
+    return {name: value for name, _, value in pairs if name.lstrip("+") != "resume"}
+
+
+def _difference(then: Arguments, now: Arguments) -> str:
+    names = [name for name in then | now if then.get(name) != now.get(name)]
+    if not names:
+        return "the same arguments in another order, which numbers its jobs"
+    old, new = (
+        " ".join(f"{name}={args[name]}" for name in names if name in args) or "none of it"
+        for args in (then, now)
+    )
+    return f"there {old}, here {new}"
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _not_a_switch(config: DictConfig) -> str | None:
+    if isinstance(config.resume, bool):
+        return None
+    return f"resume={config.resume!r} is not permitted: set it to true or false."
+
+
+def _is_named_by_time(folders: DictConfig) -> bool:
+    return "${now:" in OmegaConf.to_yaml(folders)
+
+
+def _nowhere(argument: str, what: str) -> str:
+    return (
+        f"resume=true finds nothing to resume: the folder of this {what} is named by the time, so "
+        f"it is a new one. Name that of the {what} to resume with {argument}."
+    )
+
+
+def _empty(config: DictConfig) -> str | None:
+    """Name the argument of a sweep that has no value: there would be no job, and no error."""
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    arguments = [f"{name}={value}" for name, value in params.items()]
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    for override in parser.parse_overrides([*arguments, *as_typed(config.hydra.overrides.task)]):
+        if override.is_discrete_sweep() and next(override.sweep_string_iterator(), None) is None:
+            return (
+                f"{override.input_line} stands for no value at all, so this sweep has no job: name "
+                "values that there are (python train.py --help shows the choices)."
+            )
+    return None
