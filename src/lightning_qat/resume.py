@@ -152,7 +152,7 @@ def _finished_with(folder: Path) -> Arguments | None:
     metrics = _read(folder / "metrics.json")
     if not metrics or metrics.get("status") != 0:
         return None
-    return _arguments(shlex.split(metrics["command"])[2:])  # after "python train.py"
+    return _arguments(shlex.split(metrics.get("command", ""))[2:])  # after "python train.py"
 
 
 def _trained_with(checkpoint: Path) -> Arguments | None:
