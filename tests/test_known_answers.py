@@ -8,7 +8,6 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
-from lightning_qat.quantization import QCONFIGS
 from tests.conftest import Road
 from tests.test_configs import composed
 

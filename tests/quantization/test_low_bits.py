@@ -12,7 +12,7 @@ from torch.ao import quantization as tq
 from lightning_qat import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_qat.deployment.onnx_export import to_onnx
 from lightning_qat.quantization import QCONFIGS, make_qconfig
-from tests.quantization.networks import SmallModule, images, loader
+from tests.quantization.networks import SmallModule, loader
 from tests.quantization.test_callback import trainer_with
 
 LOW = [name for name in QCONFIGS if name.startswith("w")]
@@ -135,7 +135,8 @@ def test_torchs_own_fake_quantisers_may_have_few_bits_too(tmp_path: Path) -> Non
 
 def test_power_of_two_scales_are_powers_of_two(tmp_path: Path) -> None:
     net = fitted(tmp_path, "power_of_two").networks["fake_quant"]
-    scales = torch.cat([m.scale for m in net.modules() if isinstance(m, tq.FakeQuantizeBase)])
+    found: list[Any] = [m for m in net.modules() if isinstance(m, tq.FakeQuantizeBase)]
+    scales = torch.cat([fake_quant.scale for fake_quant in found])
     assert len(scales) > 20
     assert torch.equal(torch.frexp(scales).mantissa, torch.full_like(scales, 0.5))
 

@@ -52,9 +52,9 @@ class _LearnedRound(torch.autograd.Function):
         x, scale, zero_point = ctx.saved_tensors
         lowest, highest = ctx.limits
         steps = x.mul(1 / scale)
-        unclipped = steps.round().add_(zero_point)
-        integers = unclipped.clamp(lowest, highest)
-        inside = integers == unclipped
+        # clipped is what leaves the range before it is rounded: LSQ, equation 1
+        inside = (steps >= lowest - zero_point) & (steps <= highest - zero_point)
+        integers = steps.round().add_(zero_point).clamp_(lowest, highest)
         learns_offset = ctx.needs_input_grad[2]
         # with an offset the clipped value is limit * scale + offset, else (limit - zero_point) * s
         clipped = integers if learns_offset else integers - zero_point
