@@ -13,24 +13,28 @@ from lightning_qat.overrides import as_typed
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 @cli.job
-def main(cfg: DictConfig) -> None:
-    """Compose, instantiate, fit, evaluate, report; a stage is what conf/stage/ makes of this."""
+def main(cfg: DictConfig) -> float | None:
+    """Compose, instantiate, fit, evaluate, report; a stage is what conf/stage/ makes of this.
+
+    Gives what a sweeper may maximise: see `objective`.
+    """
     # torch takes seconds to import, which --help and a mistyped option need not wait for
     import pytorch_lightning as pl
     from hydra.utils import instantiate
 
     from lightning_qat.checkpoint import check_resumable
     from lightning_qat.deployment.evaluate import evaluate
-    from lightning_qat.errors import checked_int
+    from lightning_qat.errors import checked_float, checked_int
     from lightning_qat.report.environment import environment, peak_memory
     from lightning_qat.report.layers import write_layers_csv
-    from lightning_qat.report.metrics import write_metrics
+    from lightning_qat.report.metrics import objective, write_metrics
     from lightning_qat.report.page import write_report
     from lightning_qat.report.table import print_metrics
 
     runtime = HydraConfig.get().runtime
     choices, folder = runtime.choices, Path(runtime.output_dir)
     checked_int("trainer.max_epochs", cfg.trainer.max_epochs, lowest=1)
+    latency_seconds = checked_float("latency_seconds", cfg.latency_seconds, lowest=0)
     datamodule = instantiate(cfg.data, _convert_="all")
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     module = instantiate(
@@ -51,7 +55,7 @@ def main(cfg: DictConfig) -> None:
     trainer = instantiate(cfg.trainer, callbacks=[*callbacks.values(), timer], logger=loggers)
     trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
     if not trainer.is_global_zero:
-        return
+        return None
 
     run = {
         "status": cli.DONE,
@@ -66,12 +70,15 @@ def main(cfg: DictConfig) -> None:
         "environment": environment(),
     }
     networks = callbacks["result"].networks
-    figures, evidence = evaluate(networks, datamodule, folder, run, cfg.uint8_input)
+    figures, evidence = evaluate(
+        networks, datamodule, folder, run, cfg.uint8_input, latency_seconds
+    )
     metrics = run | figures | {"peak_bytes": peak_memory()}
     write_metrics(metrics, folder)
     write_layers_csv(evidence.layers, folder)
     write_report(metrics, evidence, folder)
     print_metrics(metrics)
+    return objective(metrics)
 
 
 if __name__ == "__main__":

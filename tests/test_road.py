@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_qat.data import DigitsDataModule
-from lightning_qat.deployment.accuracy import accuracy, predict_test_set
+from lightning_qat.deployment.accuracy import accuracy, predict_test_set, validate
 from tests.conftest import Road
 
 pytestmark = pytest.mark.slow
@@ -71,6 +71,25 @@ def test_the_exported_file_classifies_the_test_images_by_itself(road: Road) -> N
     datamodule.setup("test")
     logits, labels = predict_test_set({"int8": model}, datamodule)
     assert accuracy(logits["int8"], labels) == road.metrics("qat")["accuracy"]["int8"]
+
+
+def test_the_validation_images_have_figures_of_their_own(road: Road) -> None:
+    models = {name: torch.jit.load(road.job("qat") / "model_int8.ts") for name in ("fp32", "int8")}
+    datamodule = DigitsDataModule()
+    datamodule.setup("test")
+    found, same = road.metrics("qat")["validation"], validate(models, datamodule)
+    assert found["images"] == same["images"] == 144
+    assert found["accuracy"]["int8"] == same["accuracy"]["int8"]
+    assert 0 < found["divergence"] < 0.1
+    assert same["divergence"] == 0
+    of_fp32 = road.metrics("fp32")["validation"]
+    assert of_fp32["accuracy"] == {"fp32": found["accuracy"]["fp32"]}
+    assert "divergence" not in of_fp32
+
+
+def test_8_bit_weights_are_as_large_packed_as_their_file_says(road: Road) -> None:
+    sizes = road.metrics("ptq")["size_bytes"]
+    assert 0.98 * sizes["int8"] < sizes["int8_packed"] < sizes["int8"]
 
 
 def test_the_exported_file_runs_integer_kernels(road: Road) -> None:

@@ -81,6 +81,7 @@ def job(task: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], fl
 
     @functools.wraps(task)
     def guarded(cfg: DictConfig) -> float | None:
+        found: float | None = None
         hydra = HydraConfig.get()
         folder = Path(hydra.runtime.output_dir)
         failure = folder / FAILURE_FILE
@@ -95,14 +96,14 @@ def job(task: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], fl
                 _run_in_processes(hydra, failure)
             else:
                 resume.prepare(cfg, hydra)
-                return task(cfg)
+                found = task(cfg)
         except Exception as error:
             processes.let_the_first_speak()
             if not failure.exists():  # else another process has failed, which says why
                 _tell(error, failure)
         if failure.exists() and hydra.mode == RunMode.RUN:
             end(json.loads(failure.read_text())["status"])
-        return None
+        return found
 
     return guarded
 

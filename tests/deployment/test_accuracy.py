@@ -1,6 +1,21 @@
-"""What is said where runtimes differ by more than they should."""
+"""How far apart two models are, and what is said where it is more than it should be."""
 
-from lightning_qat.deployment.accuracy import shortfalls
+import math
+
+import pytest
+import torch
+
+from lightning_qat.deployment.accuracy import divergence, shortfalls
+
+
+def test_divergence_is_what_the_second_model_adds_to_the_firsts_entropy() -> None:
+    sure, unsure = torch.tensor([[math.log(3), 0.0]]), torch.zeros(1, 2)  # 3/4 : 1/4 and 1/2 : 1/2
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert divergence(sure, unsure) == pytest.approx(expected)
+    assert divergence(unsure, sure) == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2))
+    both = torch.cat([sure, unsure]), torch.cat([unsure, unsure])
+    assert divergence(*both) == pytest.approx(expected / 2)  # the mean over images
+    assert divergence(sure, sure + 7) == pytest.approx(0, abs=1e-12)
 
 
 def test_files_for_pixels_have_the_bounds_of_those_for_floats() -> None:

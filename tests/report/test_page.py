@@ -77,6 +77,7 @@ def test_figures_and_tables_can_be_read_aloud(tmp_path: Path) -> None:
 def test_verdict_gives_the_three_numbers_and_the_fastest_artifact(tmp_path: Path) -> None:
     words = report("qat", tmp_path / "run").words
     assert "4.0\xd7 smaller: 44.7 MB to 11.3 MB" in words
+    assert "need 5.6 MB, with each weight packed at its bits" in words
     assert "6.8\xd7 as fast as FP32 eager" in words
     assert "4.0\xd7 as fast as the best FP32 runtime, FP32 OpenVINO" in words
     assert "The fastest INT8 artifact on this CPU is INT8 OpenVINO (model_int8.xml)" in words

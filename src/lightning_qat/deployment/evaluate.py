@@ -13,16 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.data.image_datamodule import ImageDataModule
-from lightning_qat.deployment.accuracy import accuracy, agreement, predict_test_set, shortfalls
+from lightning_qat.deployment.accuracy import (
+    accuracy,
+    agreement,
+    predict_test_set,
+    shortfalls,
+    validate,
+)
 from lightning_qat.deployment.deployed import DeployedModel
 from lightning_qat.deployment.description import PIXELS, UNIT, Description
 from lightning_qat.deployment.evidence import Evidence
 from lightning_qat.deployment.export import ExportedFile, export
-from lightning_qat.deployment.latency import measure_latency
+from lightning_qat.deployment.latency import SECONDS, measure_latency
 from lightning_qat.deployment.openvino_export import is_installed
 from lightning_qat.deployment.pixels import for_pixels
 from lightning_qat.deployment.runtimes import Runtime, load
 from lightning_qat.quantization.damage import layer_damage
+from lightning_qat.quantization.packed import packed_bytes
 from lightning_qat.quantization.resolve import activation_range
 
 log = logging.getLogger(__name__)
@@ -54,6 +61,7 @@ def evaluate(
     folder: Path,
     run: dict[str, Any],
     uint8_input: bool = False,
+    latency_seconds: float = SECONDS,
 ) -> tuple[dict[str, Any], Evidence]:
     """Export to ``folder`` and measure: accuracy, agreement, sizes, latency, damage by layer.
 
@@ -65,6 +73,7 @@ def evaluate(
         folder: gets ``model_int8.ts``, ``.onnx`` and, where OpenVINO is installed, ``.xml``.
         run: what metrics.json says of the run before anything is measured.
         uint8_input: export models for raw pixels as well: ``model_int8_uint8.*``.
+        latency_seconds: after these, timing ends, but not before a few rounds.
 
     Returns:
         Figures for metrics.json, and what that has no room for.
@@ -94,7 +103,10 @@ def evaluate(
         # one copy a use: oneDNN's convolutions are fast only for the batch size they meet first
         tested |= {name: _taking_floats(load(file.path)) for name, file in files.items()}
         logits, labels = predict_test_set(tested, datamodule)
-        latency_ms = measure_latency(_timed(models, fp32_files, files), one_image)
+        both = {name: model for name, model in tested.items() if name in ("fp32", "int8")}
+        validation = validate(both, datamodule)
+        timed = _timed(models, fp32_files, files)
+        latency_ms = measure_latency(timed, one_image, seconds=latency_seconds)
 
     accuracies = {name: accuracy(x, labels) for name, x in logits.items()}
     for name, file in files.items():
@@ -106,6 +118,8 @@ def evaluate(
         | {name: file.bytes for name, file in files.items()},
         "latency_ms": latency_ms,
     }
+    if validation:
+        figures["validation"] = validation
     layers: list[dict[str, Any]] = []
     unlike = torch.empty(0, dtype=torch.int64)
     if files:
@@ -113,6 +127,7 @@ def evaluate(
         figures["agreement"] = {
             f"{name}_vs_{other}": agreement(logits[name], logits[other]) for name, other in pairs
         }
+        figures["size_bytes"]["int8_packed"] = packed_bytes(networks["fake_quant"])
         figures["activation_range"] = activation_range(networks["fake_quant"])
         warnings += shortfalls(accuracies, figures["agreement"], len(labels))
         if figures["activation_range"]["saturates"]:

@@ -1,4 +1,4 @@
-"""metrics.json: written whole or not at all."""
+"""metrics.json: written whole or not at all, and what a search makes of it."""
 
 import json
 from pathlib import Path
@@ -13,3 +13,11 @@ def write_metrics(metrics: dict[str, Any], folder: Path) -> None:
     """Write ``folder/metrics.json``, or leave what was there."""
     with atomic_path(folder / FILE_NAME) as partial:
         partial.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+
+
+def objective(metrics: dict[str, Any]) -> float | None:
+    """The INT8 model's accuracy on the validation images; None where it has none of either.
+
+    The test set must not choose anything, so its accuracy is never an objective.
+    """
+    return metrics.get("validation", {}).get("accuracy", {}).get("int8")
