@@ -22,13 +22,23 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_qat import processes, resume
+from lightning_qat import processes, resume, search
 from lightning_qat.atomic import atomic_path
 from lightning_qat.errors import UserError
 from lightning_qat.overrides import as_typed
+from lightning_qat.report.metrics import read_objective
 from lightning_qat.resume import FAILURE_FILE
 
 DONE, OUR_FAULT, USERS_MISTAKE = 0, 1, 2
+
+# What a plugin of Hydra adds to its configuration -> the extra of ours that installs it.
+_EXTRAS = {
+    "hydra/sweeper/optuna": "optuna",
+    "hydra/launcher/joblib": "joblib",
+    "hydra/launcher/submitit_local": "submitit",
+    "hydra/launcher/submitit_slurm": "submitit",
+    "hydra/launcher/ray": "ray",
+}
 
 log = logging.getLogger(__name__)
 _status_is_ours = False
@@ -88,12 +98,15 @@ def job(task: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], fl
         processes.begin()
         if cfg.resume and resume.is_finished(folder, as_typed(hydra.overrides.task)):
             log.info("%s is finished: skipped", folder)
-            return resume.objective(folder)
+            return read_objective(folder)
         if not processes.rank():
             failure.unlink(missing_ok=True)
         try:
+            if search.is_one(hydra):
+                search.check(cfg)
             if processes.wanted(cfg):
                 _run_in_processes(hydra, failure)
+                found = read_objective(folder)
             else:
                 resume.prepare(cfg, hydra)
                 found = task(cfg)
@@ -103,7 +116,7 @@ def job(task: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], fl
                 _tell(error, failure)
         if failure.exists() and hydra.mode == RunMode.RUN:
             end(json.loads(failure.read_text())["status"])
-        return found
+        return search.WORST if failure.exists() and search.is_one(hydra) else found
 
     return guarded
 
@@ -144,6 +157,13 @@ def run(main: Callable[[], None]) -> None:
         main()
     except SystemExit as exit_:
         if exit_.code and not _status_is_ours:
+            # Hydra ends the process where it handles the exception, and names what it looked for
+            extra = _EXTRAS.get(getattr(exit_.__context__, "missing_cfg_file", None) or "")
+            if extra:
+                print(
+                    f"That needs a plugin of Hydra: pip install 'lightning_qat[{extra}]'.",
+                    file=sys.stderr,
+                )
             sys.exit(USERS_MISTAKE)
         raise
 

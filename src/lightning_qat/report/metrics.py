@@ -21,3 +21,9 @@ def objective(metrics: dict[str, Any]) -> float | None:
     The test set must not choose anything, so its accuracy is never an objective.
     """
     return metrics.get("validation", {}).get("accuracy", {}).get("int8")
+
+
+def read_objective(folder: Path) -> float | None:
+    """`objective` of the run in ``folder``; None where it left no metrics.json."""
+    file = folder / FILE_NAME
+    return objective(json.loads(file.read_text())) if file.exists() else None
