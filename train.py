@@ -24,7 +24,7 @@ def main(cfg: DictConfig) -> float | None:
 
     from lightning_qat.checkpoint import check_resumable
     from lightning_qat.deployment.evaluate import evaluate
-    from lightning_qat.errors import checked_float, checked_int
+    from lightning_qat.errors import checked_bool, checked_float, checked_int
     from lightning_qat.report.environment import environment, peak_memory
     from lightning_qat.report.layers import write_layers_csv
     from lightning_qat.report.metrics import objective, write_metrics
@@ -35,6 +35,7 @@ def main(cfg: DictConfig) -> float | None:
     choices, folder = runtime.choices, Path(runtime.output_dir)
     checked_int("trainer.max_epochs", cfg.trainer.max_epochs, lowest=1)
     latency_seconds = checked_float("latency_seconds", cfg.latency_seconds, lowest=0)
+    export_onnx = checked_bool("export_onnx", cfg.export_onnx)
     datamodule = instantiate(cfg.data, _convert_="all")
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     module = instantiate(
@@ -71,7 +72,7 @@ def main(cfg: DictConfig) -> float | None:
     }
     networks = callbacks["result"].networks
     figures, evidence = evaluate(
-        networks, datamodule, folder, run, cfg.uint8_input, latency_seconds
+        networks, datamodule, folder, run, cfg.uint8_input, latency_seconds, export_onnx
     )
     metrics = run | figures | {"peak_bytes": peak_memory()}
     write_metrics(metrics, folder)

@@ -88,6 +88,7 @@ def job(task: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], fl
 
     With resume=true, a job that is finished already is not done again.
     """
+    script = Path(sys.argv[0]).resolve()  # now: a launcher's processes have a script of their own
 
     @functools.wraps(task)
     def guarded(cfg: DictConfig) -> float | None:
@@ -105,7 +106,7 @@ def job(task: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], fl
             if search.is_one(hydra):
                 search.check(cfg)
             if processes.wanted(cfg):
-                _run_in_processes(hydra, failure)
+                _run_in_processes(hydra, script, failure)
                 found = read_objective(folder)
             else:
                 resume.prepare(cfg, hydra)
@@ -134,8 +135,8 @@ def _tell(error: Exception, failure: Path) -> None:
         partial.write_text(json.dumps({"status": status, "message": message}) + "\n")
 
 
-def _run_in_processes(hydra: HydraConf, failure: Path) -> None:
-    status = processes.run(hydra)
+def _run_in_processes(hydra: HydraConf, script: Path, failure: Path) -> None:
+    status = processes.run(hydra, script)
     if failure.exists():
         log.error("%s", json.loads(failure.read_text())["message"])
     elif status:

@@ -13,10 +13,11 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 from hydra.conf import HydraConf
 from hydra.types import RunMode
-from hydra.utils import get_original_cwd, to_absolute_path
+from hydra.utils import get_original_cwd
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_qat.errors import UserError
@@ -96,13 +97,18 @@ def is_watched() -> bool:
     return _WATCHED in os.environ
 
 
-def run(hydra: HydraConf) -> int:
-    """Run this one job in its own processes; gives the exit status of the first of them."""
+def run(hydra: HydraConf, script: Path) -> int:
+    """Run this one job in its own processes; gives the exit status of the first of them.
+
+    Args:
+        hydra: its configuration.
+        script: the absolute path of what the user has started.
+    """
     sources = [source for source in hydra.runtime.config_sources if source.provider in _OPTIONS]
     overrides = [*as_typed(hydra.overrides.hydra), *as_typed(hydra.overrides.task)]
     command = [
         sys.executable,
-        to_absolute_path(sys.argv[0]),
+        str(script),
         f"--config-name={hydra.job.config_name}",
         *(f"{_OPTIONS[source.provider]}={source.path}" for source in sources),
         *(override for override in overrides if not override.startswith("hydra.mode=")),

@@ -62,6 +62,7 @@ def evaluate(
     run: dict[str, Any],
     uint8_input: bool = False,
     latency_seconds: float = SECONDS,
+    export_onnx: bool = True,
 ) -> tuple[dict[str, Any], Evidence]:
     """Export to ``folder`` and measure: accuracy, agreement, sizes, latency, damage by layer.
 
@@ -74,6 +75,7 @@ def evaluate(
         run: what metrics.json says of the run before anything is measured.
         uint8_input: export models for raw pixels as well: ``model_int8_uint8.*``.
         latency_seconds: after these, timing ends, but not before a few rounds.
+        export_onnx: False leaves out ONNX and OpenVINO, of the FP32 network too.
 
     Returns:
         Figures for metrics.json, and what that has no room for.
@@ -87,8 +89,9 @@ def evaluate(
     files: dict[str, ExportedFile] = {}
     warnings: list[str] = []
     if "int8" in models:
-        exported = export(models["int8"], folder / "model_int8", description, images[:2], warnings)
-        if not is_installed():
+        stem = folder / "model_int8"
+        exported = export(models["int8"], stem, description, images[:2], warnings, export_onnx)
+        if export_onnx and not is_installed():
             log.info(
                 "OpenVINO is not installed, so there will be no model_int8.xml: pip install "
                 "'lightning_qat[openvino]' gives you one."
@@ -96,9 +99,11 @@ def evaluate(
         files = {_FILE_KEYS[name]: file for name, file in exported.items()}
     with tempfile.TemporaryDirectory() as scratch:
         stem = Path(scratch) / "model_fp32"
-        fp32_files = export(models["fp32"], stem, description, images[:2], warnings)
+        fp32_files = export(models["fp32"], stem, description, images[:2], warnings, export_onnx)
         if uint8_input and files:
-            files |= _export_for_pixels(models["int8"], datamodule, folder, description, warnings)
+            files |= _export_for_pixels(
+                models["int8"], datamodule, folder, description, warnings, export_onnx
+            )
         tested = {name: model for name, model in models.items() if name != "int8"}
         # one copy a use: oneDNN's convolutions are fast only for the batch size they meet first
         tested |= {name: _taking_floats(load(file.path)) for name, file in files.items()}
@@ -197,12 +202,13 @@ def _export_for_pixels(
     folder: Path,
     description: Description,
     warnings: list[str],
+    export_onnx: bool,
 ) -> dict[str, ExportedFile]:
     net: Any = for_pixels(model.net, datamodule.max_value, model.mean, model.std)  # type: ignore[arg-type]
     size = datamodule.image_size
     pixels = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     description = dataclasses.replace(description, input=PIXELS)
-    exported = export(net, folder / "model_int8_uint8", description, pixels, warnings)
+    exported = export(net, folder / "model_int8_uint8", description, pixels, warnings, export_onnx)
     return {f"{_FILE_KEYS[name]}_uint8": file for name, file in exported.items()}
 
 
