@@ -120,3 +120,24 @@ def test_a_scheme_of_ones_own_starts_from_the_default() -> None:
 def test_every_config_file_opens_with_what_it_is_for(file: Path) -> None:
     lines = file.read_text().splitlines()
     assert any(line.startswith("# ") and "@package" not in line for line in lines[:3])
+
+
+def test_sensitivity_takes_every_layer_of_resnet18_alone() -> None:
+    cfg = composed("experiment=sensitivity", "only=layer2.0.conv1")
+    layers = [name.strip() for name in cfg.hydra.sweeper.params.only.split(",")]
+    net = instantiate(cfg.model.net)(num_classes=10)
+    assert layers == [
+        name for name, x in net.named_modules() if isinstance(x, torch.nn.Conv2d | torch.nn.Linear)
+    ]
+    callback = instantiate(cfg.callbacks.result)
+    assert callback.overrides[""] is None
+    qconfig = callback.overrides["layer2.0.conv1"]
+    for fake_quant in (qconfig.weight(), qconfig.activation()):
+        assert fake_quant.quant_max - fake_quant.quant_min == 15
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "submitit_slurm"])
+def test_a_launcher_takes_the_place_of_hydras_own(launcher: str) -> None:
+    assert composed().hydra.launcher._target_.endswith("BasicLauncher")
+    name = launcher.split("_")[-1].capitalize()
+    assert composed(f"launcher={launcher}").hydra.launcher._target_.endswith(f"{name}Launcher")

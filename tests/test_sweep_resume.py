@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_qat import resume
+from lightning_qat.report.metrics import read_objective
 from lightning_qat.curves import CurvesLogger
 from tests.conftest import TRAIN, Road, Train, run_train
 
@@ -221,9 +222,9 @@ def test_finished_is_the_same_job_with_all_its_files(
 def test_a_skipped_job_returns_its_validation_accuracy(tmp_path: Path) -> None:
     metrics: dict[str, Any] = {"validation": {"accuracy": {"int8": 0.75}}}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    assert resume.objective(tmp_path) == 0.75
+    assert read_objective(tmp_path) == 0.75
     (tmp_path / "metrics.json").write_text("{}")  # val_size=0
-    assert resume.objective(tmp_path) is None
+    assert read_objective(tmp_path) is None
 
 
 @pytest.mark.parametrize("to", ["before", "elsewhere"])

@@ -100,12 +100,6 @@ def is_finished(folder: Path, overrides: Iterable[str]) -> bool:
     )
 
 
-def objective(folder: Path) -> float | None:
-    """What a finished job has returned to the sweeper: its INT8 validation accuracy, 0 to 1."""
-    metrics = _read(folder / "metrics.json") or {}
-    return metrics.get("validation", {}).get("accuracy", {}).get("int8")
-
-
 def prepare(cfg: DictConfig, hydra: HydraConf) -> None:
     """Let the job go on from its own checkpoint, if it may and there is one.
 
