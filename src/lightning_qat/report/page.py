@@ -5,21 +5,19 @@ Here are the facts, in report.html.j2 the words.
 
 import base64
 import io
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
-from lightning_qat.atomic import atomic_path
 from lightning_qat.deployment.evidence import Evidence
 from lightning_qat.report import plots, titles
 from lightning_qat.report.beside import command_for, find_ptq, read_curves
 from lightning_qat.report.intervals import paired_difference, unpaired_noise, wilson
+from lightning_qat.report.render import write_page
 
 FILE_NAME = "report.html"
 
@@ -31,7 +29,6 @@ _PAIRS = [  # a network and what it is to agree with
     ("int8", "fp32"),
 ]
 _MOST_CONFUSED = 10
-_ENVIRONMENT = {"cpu": "CPU", "gpu": "GPU", "vnni": "VNNI", "isa": "kernels", "python": "Python"}
 
 
 def write_report(metrics: dict[str, Any], evidence: Evidence, folder: Path) -> None:
@@ -48,18 +45,10 @@ def write_report(metrics: dict[str, Any], evidence: Evidence, folder: Path) -> N
     # a folder of images may have names that are no UTF-8
     names = [x.encode("utf-8", "backslashreplace").decode() for x in evidence.class_names]
     evidence = replace(evidence, class_names=names)
-    environment = Environment(
-        loader=PackageLoader("lightning_qat", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals |= {"name_of": titles.title, "names": _ENVIRONMENT}
-    environment.filters |= {"percent": _percent, "points": _points}
-    environment.filters |= {"short": _short, "decibels": _decibels}
     ptq = find_ptq(metrics, folder) if metrics["stage"] == "qat" else None
-    page = environment.get_template("report.html.j2").render(
+    write_page(
+        folder / FILE_NAME,
+        "report.html.j2",
         metrics=metrics,
         evidence=evidence,
         quantised="int8" in metrics["accuracy"],
@@ -76,8 +65,6 @@ def write_report(metrics: dict[str, Any], evidence: Evidence, folder: Path) -> N
         confusion=_confusion(evidence),
         samples=_samples(evidence),
     )
-    with atomic_path(folder / FILE_NAME) as partial:
-        partial.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _verdict(metrics: dict[str, Any], evidence: Evidence) -> dict[str, Any]:
@@ -268,22 +255,3 @@ def _png(image: Tensor) -> str:
     pixels = image.mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous()
     Image.fromarray(pixels.numpy()).save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def _percent(share: float, digits: int = 2) -> str:
-    return f"{share:.{digits}%}".replace("%", "\N{NO-BREAK SPACE}%")
-
-
-def _points(share: float) -> str:
-    """Percentage points with their sign."""
-    points = round(100 * share, 2)
-    return f"{points:+.2f}".replace("-", "\N{MINUS SIGN}") if points else "0.00"
-
-
-def _decibels(ratio: float) -> str:
-    return f"{ratio:.1f}" if math.isfinite(ratio) else "exact"
-
-
-def _short(number: float) -> str:
-    """Three digits."""
-    return f"{number:.3g}".replace("-", "\N{MINUS SIGN}")

@@ -1,0 +1,101 @@
+"""What the plots of all pages share: inline SVG, whose colours are the page's.
+
+They follow its light and dark theme. Text stays text, in the page's font. Nothing of matplotlib's
+global state is touched, and the same figures give the same SVG.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import matplotlib.style
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# CSS variable of report.css -> the colour that stands for it while matplotlib draws.
+COLOURS = {
+    name: f"#{number:02x}{number:02x}{number:02x}"
+    for number, name in enumerate(
+        ("ink", "muted", "line", "paper", "fp32", "ptq", "fake-quant", "int8", "bad"), start=1
+    )
+}
+_VARIABLES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
+_STYLE: dict[str, Any] = {
+    "svg.hashsalt": "lightning_qat",
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a class may be called $
+    "font.size": 9,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.edgecolor": COLOURS["line"],
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": COLOURS["line"],
+    "grid.linewidth": 0.5,
+    "legend.frameon": False,
+    "text.color": COLOURS["ink"],
+    "xtick.color": COLOURS["line"],
+    "xtick.labelcolor": COLOURS["muted"],
+    "ytick.color": COLOURS["line"],
+    "ytick.labelcolor": COLOURS["ink"],
+    "ytick.major.size": 0,
+}
+WIDTH = 4.4  # inches, 317 units: as wide as a phone, so that 9-point text stays legible on it
+_ROW = 0.27  # inches of one row of a bar chart
+CUT = "\N{HORIZONTAL ELLIPSIS}"
+
+
+def style() -> AbstractContextManager[None]:
+    """In which everything is drawn."""
+    return matplotlib.style.context(_STYLE, after_reset=True)
+
+
+def panel(height: float) -> tuple[Figure, Axes]:
+    """Axes on a figure as wide as a phone, so many inches high."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def named_rows(names: Sequence[str]) -> tuple[Figure, Axes]:
+    """Axes with one named row each, the first on top."""
+    figure, axes = panel(0.75 + _ROW * len(names))
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    return figure, axes
+
+
+def note(axes: Axes, x: float, row: int, text: str) -> None:
+    """A number behind the bar of a row."""
+    axes.annotate(text, (x, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
+
+
+def svg(figure: Figure, label: str) -> Markup:
+    """The figure as an element of an HTML page."""
+    file = io.StringIO()
+    with warnings.catch_warnings():
+        # the browser has the glyphs that matplotlib's own font lacks
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(
+            file,
+            format="svg",
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    _, _, width, height = re.search(r'viewBox="([^"]*)"', text)[1].split()  # type: ignore[index]
+    head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">'
+    text = re.sub(r"<svg.*?>", lambda _: head, text, count=1, flags=re.DOTALL)
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
+    text = text.replace("xlink:href=", "href=")
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)  # the page's own
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # the same in every plot of a page
+    text = re.sub(r"(?<=: )#[0-9a-f]{6}(?=[;\"])", lambda m: _VARIABLES.get(m[0], m[0]), text)
+    return Markup(text)  # matplotlib has escaped its texts
