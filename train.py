@@ -26,6 +26,7 @@ def main(cfg: DictConfig) -> float | None:
     from lightning_qat.deployment.evaluate import evaluate
     from lightning_qat.errors import checked_bool, checked_float, checked_int
     from lightning_qat.report.environment import environment, peak_memory
+    from lightning_qat.report.intervals import difference
     from lightning_qat.report.layers import write_layers_csv
     from lightning_qat.report.metrics import objective, write_metrics
     from lightning_qat.report.page import write_report
@@ -74,7 +75,7 @@ def main(cfg: DictConfig) -> float | None:
     figures, evidence = evaluate(
         networks, datamodule, folder, run, cfg.uint8_input, latency_seconds, export_onnx
     )
-    metrics = run | figures | {"peak_bytes": peak_memory()}
+    metrics = run | figures | difference(evidence) | {"peak_bytes": peak_memory()}
     write_metrics(metrics, folder)
     write_layers_csv(evidence.layers, folder)
     write_report(metrics, evidence, folder)

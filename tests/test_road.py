@@ -136,7 +136,13 @@ def test_the_sweep_ends_with_a_table(road: Road) -> None:
     assert float(rows[2]["accuracy.int8"]) == road.metrics("qat")["accuracy"]["int8"]
     table = road.printed[road.printed.rindex("stage") :]
     assert f"{road.metrics('qat')['accuracy']['int8']:.2%}" in table
+    table, _, after = table.partition("The whole sweep: ")
     assert max(map(len, table.splitlines())) <= 80
+    assert after.strip() == str(file.with_name("sweep.html"))
+    page = file.with_name("sweep.html").read_text()
+    for stage in ("ptq", "qat"):
+        assert f'href="{road.job(stage).name}/report.html"' in page
+    assert "Fastest on the front" in page  # the latencies were measured
 
 
 def test_nothing_deprecated_or_noisy_is_printed(road: Road) -> None:

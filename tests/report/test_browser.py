@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from lightning_qat.report.page import write_report
+from lightning_qat.report.sweep_configurations import configurations
+from lightning_qat.report.sweep_page import write_sweep_page
+from lightning_qat.report.sweep_runs import read_runs
 from tests.report.run_folder import make_run
+from tests.report.sweep_folder import add_job
 from tests.report.test_page import SECTIONS, STAGES, Page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -65,13 +69,31 @@ def test_browser_would_tell_of_an_error_and_of_a_request(tmp_path: Path) -> None
 def test_page_is_no_wider_than_a_phone(tmp_path: Path) -> None:
     names = [f"a class with a rather long name {index}" for index in range(30)]
     write_report(*make_run("qat", tmp_path / "run", names), tmp_path / "run")
-    frame = tmp_path / "frame.html"  # a window of its own has a least width
+    check_width(tmp_path / "run" / "report.html", tmp_path)
+
+
+def test_page_of_a_sweep_works_in_a_browser_and_on_a_phone(tmp_path: Path) -> None:
+    for number in range(3):
+        what = f"qconfig=one_with_a_rather_long_name_{number}"
+        add_job(tmp_path, what, accuracy__int8=0.9 + number / 100, size_bytes__int8=10**7 + number)
+        add_job(tmp_path, f"only=a.layer.with.a.rather.long.name.{number}")
+    runs = read_runs(tmp_path)
+    write_sweep_page(tmp_path, runs, configurations(runs), "python train.py -m", None)
+    page, console, asked = browse(tmp_path / "sweep.html", tmp_path)
+    assert {"front", "sensitivity"} < page.ids
+    assert console == []
+    assert asked == []
+    check_width(tmp_path / "sweep.html", tmp_path)
+
+
+def check_width(page: Path, folder: Path) -> None:
+    frame = folder / "frame.html"  # a window of its own has a least width
     frame.write_text(
-        "<iframe src='run/report.html' style='width:360px;height:800px;border:0'></iframe><script>"
+        f"<iframe src='{page.as_uri()}' style='width:360px;height:800px;border:0'></iframe><script>"
         "onload = () => { const page = frames[0].document.documentElement;"
         "document.title = `${page.clientWidth} ${page.scrollWidth}` }</script>"
     )
-    page, _, _ = browse(frame, tmp_path)
-    window, document = map(int, re.findall(r"\d+", page.words)[:2])
+    seen, _, _ = browse(frame, folder)
+    window, document = map(int, re.findall(r"\d+", seen.words)[:2])
     assert 300 < window <= 360
     assert document == window

@@ -4,7 +4,13 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from lightning_qat.report.intervals import paired_difference, unpaired_noise, wilson
+from lightning_qat.report.intervals import (
+    difference,
+    paired_difference,
+    unpaired_noise,
+    wilson,
+)
+from tests.report.run_folder import make_evidence
 
 
 @pytest.mark.parametrize(("right", "images"), [(350, 360), (360, 360), (0, 50), (8268, 10000)])
@@ -19,6 +25,17 @@ def test_paired_difference_counts_only_where_one_is_wrong() -> None:
     right[9] = False
     # 0.10 - 0.02 +- 1.96 sqrt((0.12 - 0.08 ** 2) / 100)
     assert paired_difference(right, reference) == pytest.approx((0.01394, 0.14606), abs=1e-5)
+
+
+def test_metrics_get_the_paired_difference_of_int8_to_fp32() -> None:
+    evidence = make_evidence("qat", [str(digit) for digit in range(10)])
+    (found,) = difference(evidence)["difference"].values()
+    right = {name: x.argmax(1) == evidence.labels for name, x in evidence.logits.items()}
+    ends = paired_difference(right["int8"], right["fp32"])
+    assert (found["low"], found["high"]) == ends
+    won = int(right["int8"].sum()) - int(right["fp32"].sum())
+    assert found["value"] == pytest.approx(won / len(evidence.labels))
+    assert difference(make_evidence("fp32", ["a", "b"])) == {}
 
 
 def test_unpaired_noise_of_two_coins() -> None:

@@ -1,19 +1,22 @@
-"""The table at the end of a multirun, and its exit status."""
+"""What a multirun ends with: sweep.csv, a table, sweep.html, and its exit status."""
 
 import csv
-import json
 import logging
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from lightning_qat import cli
-from lightning_qat.report.metrics import FILE_NAME
+from lightning_qat.errors import UserError, checked_float
+
+if TYPE_CHECKING:  # --help shall not wait for torch
+    from lightning_qat.report.sweep_runs import Run
 
 log = logging.getLogger(__name__)
 
@@ -34,65 +37,89 @@ COLUMNS = {
 class SweepReport(Callback):
     """Reads what the jobs have left, whichever launcher ran them."""
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Write sweep.csv, print the table, end with the worst status of the jobs."""
-        folder = Path(config.hydra.sweep.dir)
-        rows = [_read_job(job) for job in _job_folders(folder)]
-        status = cli.worst(int(row["status"]) for row in rows)
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Refuse a budget that is none before hours are spent."""
         try:
-            self._report(rows, folder)
+            for name, most in config.budget.items():
+                if most is not None:
+                    checked_float(f"budget.{name}", most, lowest=1e-6)
+        except UserError as error:
+            log.error("%s", error)
+            cli.end(cli.USERS_MISTAKE)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Write the report, and end with the worst status of the jobs."""
+        from lightning_qat.report.sweep_runs import read_runs
+
+        folder = Path(config.hydra.sweep.dir)
+        status = cli.OUR_FAULT
+        try:
+            runs = read_runs(folder)
+            if runs:
+                made = _report(runs, folder, config)
+                status = cli.worst([made, *(run.status for run in runs)])
+            else:
+                status = cli.USERS_MISTAKE
+                log.error(
+                    "%s holds no job, so there is nothing to report: either the sweep was empty, "
+                    "or hydra.output_subdir is not .hydra. Give at least one value to sweep over, "
+                    "and leave hydra.output_subdir as it is.",
+                    folder,
+                )
         except Exception:  # Hydra would turn it into a warning, and the status into 0
             log.exception("the report of the sweep could not be made")
             status = cli.OUR_FAULT
         cli.end(status)
 
-    @staticmethod
-    def _report(rows: list[dict[str, Any]], folder: Path) -> None:
-        first = ["job", *(name for names in COLUMNS.values() for name in names)]
-        others = sorted({name for row in rows for name in row} - set(first))
-        with (folder / "sweep.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*first, *others])
-            writer.writeheader()
-            writer.writerows(rows)
-        _print(rows)
+
+def _report(runs: "list[Run]", folder: Path, config: DictConfig) -> int:
+    """Gives the exit status of this alone."""
+    status = cli.DONE
+    rows = [run.row() for run in runs]
+    _write_csv(rows, folder / "sweep.csv")
+    _print(rows)
+
+    from lightning_qat.report.sweep_choice import Budget, candidates
+    from lightning_qat.report.sweep_configurations import configurations
+    from lightning_qat.report.sweep_latency import measure
+    from lightning_qat.report.sweep_page import FILE_NAME, write_sweep_page
+
+    found = configurations(runs)
+    try:
+        measure(candidates(found)[0])
+    except Exception:  # hours of training have found more than this
+        log.exception("the latencies could not be measured: the report goes without")
+        status = cli.OUR_FAULT
+    answer = Budget(**config.budget).answer(found)
+    write_sweep_page(folder, runs, found, _command(config), answer)
+    console = Console()
+    if answer:
+        console.print(answer[0].upper() + answer[1:], markup=False, highlight=False)
+    console.print(f"The whole sweep: {folder / FILE_NAME}", markup=False, soft_wrap=True)
+    return status
 
 
-def _job_folders(folder: Path) -> list[Path]:
-    jobs = [path.parent.parent for path in folder.glob("*/.hydra/hydra.yaml")]
-    return sorted(jobs, key=_job_number)
+def _command(config: DictConfig) -> str:
+    """What started the multirun."""
+    overrides = config.hydra.overrides
+    of_hydra = [x for x in overrides.hydra if not x.startswith("hydra.mode=")]  # it is -m
+    return shlex.join(["python", "train.py", "-m", *overrides.task, *of_hydra])
 
 
-def _job_number(job: Path) -> int:
-    return int(OmegaConf.load(job / ".hydra" / "hydra.yaml").hydra.job.num)
-
-
-def _read_job(job: Path) -> dict[str, Any]:
-    """One row: the job's metrics by dotted name, or its failure."""
-    overrides = OmegaConf.load(job / ".hydra" / "overrides.yaml")
-    row = {"job": _job_number(job), "overrides": " ".join(str(x) for x in overrides)}
-    failure = job / cli.FAILURE_FILE
-    if failure.exists():
-        return row | json.loads(failure.read_text())
-    if not (job / FILE_NAME).exists():
-        return row | {"status": 1, "message": f"the job left neither {FILE_NAME} nor a message"}
-    return row | _flatten(json.loads((job / FILE_NAME).read_text()))
-
-
-def _flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in metrics.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
+def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
+    first = ["job", *(name for names in COLUMNS.values() for name in names)]
+    others = sorted({name for row in rows for name in row} - set(first))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*first, *others])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
     done = [row for row in rows if not row["status"]]
     console = Console()
     if done:
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # to fit into 80 columns
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)  # 80 columns
         for title in COLUMNS:
             words = title in ("stage", "qconfig")
             table.add_column(
@@ -125,4 +152,6 @@ def _cell(name: str, value: Any) -> str:
         return f"{value:.2%}"
     if name.startswith("size_bytes"):
         return f"{value / 1e6:.1f}"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    return str(value)

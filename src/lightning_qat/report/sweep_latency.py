@@ -1,0 +1,91 @@
+"""Latency of all configurations of a sweep, measured after its jobs so that nothing disturbs it."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
+from torch import Tensor
+
+from lightning_qat.deployment.deployed import DeployedModel
+from lightning_qat.deployment.latency import measure_latency
+from lightning_qat.deployment.runtimes import Runtime, load
+from lightning_qat.errors import UserError
+from lightning_qat.report.sweep_configurations import Configuration, Latency
+
+log = logging.getLogger(__name__)
+
+FILES = {"torchscript": "model_int8.ts", "onnx": "model_int8.onnx"}
+TOGETHER = 8  # configurations that are in memory, and interleaved, at a time
+SECONDS_EACH = 5.0
+MOST_SECONDS = 120.0  # of them all; measure_latency takes its least rounds in any case
+
+
+def measure(configurations: Sequence[Configuration]) -> None:
+    """Set ``latency`` of each, from the files of its first run.
+
+    In groups of ``TOGETHER``, each interleaved with the FP32 network of the first configuration in
+    eager, with random weights: latency does not depend on them. A file that cannot be loaded is
+    left out, with a warning.
+    """
+    seconds = min(SECONDS_EACH, MOST_SECONDS / max(1, len(configurations)))
+    eager: Callable[[Tensor], Tensor] | None = None
+    # refreshed between measurements only: a thread that draws would disturb them
+    columns = (TextColumn("timing the models of the sweep"), MofNCompleteColumn())
+    with Progress(*columns, auto_refresh=False) as progress:
+        task = progress.add_task("", total=len(configurations))
+        for start in range(0, len(configurations), TOGETHER):
+            group = configurations[start : start + TOGETHER]
+            loaded = {number: _load(configuration) for number, configuration in enumerate(group)}
+            runtimes = {
+                f"{number} {name}": _on_its_image(runtime, runtime.description.image_size)
+                for number, files in loaded.items()
+                for name, runtime in files.items()
+            }
+            if runtimes:
+                if eager is None:
+                    first = next(number for number, files in loaded.items() if files)
+                    eager = _fp32(group[first], next(iter(loaded[first].values())))
+                times = measure_latency(
+                    {"fp32_eager": eager} | runtimes,
+                    torch.empty(0),  # each has its own
+                    seconds=seconds * len(group),
+                )
+                for number, configuration in enumerate(group):
+                    configuration.latency = _fastest(times, number)
+            progress.update(task, advance=len(group), refresh=True)
+
+
+def _load(configuration: Configuration) -> dict[str, Runtime]:
+    loaded: dict[str, Runtime] = {}
+    for runtime, name in FILES.items():
+        try:
+            loaded[runtime] = load(configuration.folder / name, threads=1)
+        except UserError as error:
+            log.warning("not timed: %s", error)
+    return loaded
+
+
+def _fp32(configuration: Configuration, file: Runtime) -> Callable[[Tensor], Tensor]:
+    """The network that ``file`` was quantised from, but for its weights."""
+    config = OmegaConf.load(configuration.folder / ".hydra" / "config.yaml")
+    described = file.description
+    net = instantiate(config.model.net)(len(described.classes))
+    return _on_its_image(DeployedModel(net, described.mean, described.std), described.image_size)
+
+
+def _on_its_image(model: Callable[[Tensor], Tensor], size: int) -> Callable[[Tensor], Tensor]:
+    """The configurations of a sweep may differ in the size of their images, too."""
+    image = torch.rand(1, 3, size, size)
+    return lambda _: model(image)
+
+
+def _fastest(times: dict[str, dict[str, float]], number: int) -> Latency | None:
+    found = {name: times[f"{number} {name}"] for name in FILES if f"{number} {name}" in times}
+    if not found:
+        return None
+    name = min(found, key=lambda name: found[name]["p50"])
+    p50 = found[name]["p50"]
+    return Latency(name, p50, found[name]["p95"], p50 / times["fp32_eager"]["p50"])
