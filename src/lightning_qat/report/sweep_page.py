@@ -62,6 +62,8 @@ def write_sweep_page(
         timed=[x for x in configurations if x.latency],
         timing=sweep_latency,
         level=LEVEL,
+        shared=[x for x in runs[0].overrides if all(x in run.overrides for run in runs[1:])]
+        * (len(runs) > 1),
         command=command,
         budget=budget,
         # a relative path, which a browser must not take apart

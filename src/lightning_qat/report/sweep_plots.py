@@ -48,9 +48,7 @@ def accuracy_against(
     """
     lowest = lowest_shown(points)
     shown = [point for point in points if point.accuracy.value >= lowest]
-    labels = [(x.x, 100 * x.accuracy.value, x.label, "ink") for x in shown if x.on_front]
-    if fp32:
-        labels.append((fp32[0], 100 * fp32[1], "FP32", "muted"))
+    labels = [(x.x, 100 * x.accuracy.value, x.label) for x in shown if x.on_front]
     height = max(_HEIGHT, _FRAME + _LINE * (len(labels) + 1))
     with style():
         figure, axes = panel(height)
@@ -65,7 +63,12 @@ def accuracy_against(
             size = 6 if point.on_front else 4
             axes.plot(point.x, 100 * point.accuracy.value, "o", color=colour, markersize=size)
         if fp32:
-            axes.plot(fp32[0], 100 * fp32[1], "D", color=COLOURS["fp32"], markersize=6)
+            place = fp32[0], 100 * fp32[1]
+            axes.plot(*place, "D", color=COLOURS["fp32"], markersize=6)
+            axes.annotate(
+                "FP32", place, (0, 6), textcoords="offset points", ha="center",
+                va="bottom", fontsize=8, color=COLOURS["muted"],
+            )  # fmt: skip
         axes.set_xlim(left=0)
         axes.set_xlabel(cost)
         axes.set_ylabel("test accuracy, %")
@@ -105,25 +108,25 @@ def drops(names: Sequence[str], gaps: Sequence[Estimate], where: str) -> Markup:
         return svg(figure, f"Loss of {where} accuracy by each layer")
 
 
-def _label(axes: Axes, labels: Sequence[tuple[float, float, str, str]], height: float) -> None:
+def _label(axes: Axes, labels: Sequence[tuple[float, float, str]], height: float) -> None:
     """Names in a column right of the axes, each joined to its point, none over another.
 
     Args:
-        labels: x, y, text and colour of each.
+        labels: x, y and text of each.
         height: of the axes, inches.
     """
-    labels = sorted(labels, key=lambda label: -label[1])
+    labels = sorted(labels, key=lambda label: (-label[1], -label[0]))
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     apart = (high - low) * _LINE / height
     heights: list[float] = []
-    for _, y, _, _ in labels:
+    for _, y, _ in labels:
         heights.append(min(y, heights[-1] - apart if heights else high))
     lowest = low
     for index in reversed(range(len(labels))):
         heights[index] = max(heights[index], lowest)
         lowest = heights[index] + apart
-    for (x, y, text, colour), place in zip(labels, heights, strict=True):
+    for (x, y, text), place in zip(labels, heights, strict=True):
         axes.annotate(
             _cut(text),
             (x, y),
@@ -131,7 +134,6 @@ def _label(axes: Axes, labels: Sequence[tuple[float, float, str, str]], height: 
             textcoords=axes.get_yaxis_transform(),
             va="center",
             fontsize=8,
-            color=COLOURS[colour],
             arrowprops={
                 "arrowstyle": "-",
                 "color": COLOURS["muted"],
