@@ -111,6 +111,17 @@ def test_a_fault_in_the_timing_does_not_cost_the_page(
     assert "None is known to fit within 1 ms: no latency was measured" in page(tmp_path).words
 
 
+def test_names_in_the_plots_are_short(tmp_path: Path) -> None:
+    for rate in ("0.0012345678901234", "0.1"):
+        add_job(tmp_path, "qconfig=w4a4", f"model.learning_rate={rate}")
+    add_job(tmp_path, "qconfig=w2a2", "model.learning_rate=0.1")
+    assert end(tmp_path) == 0
+    words = page(tmp_path).words
+    for name in ("w4a4 learning_rate=0.00123", "w4a4 learning_rate=0.1", "w2a2 learning_rate=0.1"):
+        assert name in words
+    assert "qconfig=w4a4 model.learning_rate=0.0012345678901234" in words  # in the table
+
+
 def test_where_every_job_failed_the_page_says_so(tmp_path: Path) -> None:
     add_failed_job(tmp_path, "why", "qconfig=a")
     add_failed_job(tmp_path, "ours", "qconfig=b", status=1)

@@ -60,9 +60,12 @@ def measure(configurations: Sequence[Configuration]) -> None:
 
 def _load(configuration: Configuration) -> dict[str, Runtime]:
     loaded: dict[str, Runtime] = {}
-    for runtime, name in FILES.items():
+    files = {runtime: configuration.folder / name for runtime, name in FILES.items()}
+    for runtime, path in files.items():
+        if not path.is_file():  # a run need not export to every format
+            continue
         try:
-            loaded[runtime] = load(configuration.folder / name, threads=1)
+            loaded[runtime] = load(path, threads=1)
         except UserError as error:
             log.warning("not timed: %s", error)
     return loaded

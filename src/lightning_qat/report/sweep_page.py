@@ -3,6 +3,7 @@
 Here are the facts, in sweep.html.j2 the words.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -86,7 +87,7 @@ def _front(found: Sequence[Configuration], by: Callable[[Configuration], float])
     ) -> list[sweep_plots.Point]:
         best = front(shown, by, [cost])
         return [
-            sweep_plots.Point(x(one), one.accuracy, one.label, one in rows, one in best)
+            sweep_plots.Point(x(one), one.accuracy, _short(one), one in rows, one in best)
             for one in shown
         ]
 
@@ -112,6 +113,18 @@ def _front(found: Sequence[Configuration], by: Callable[[Configuration], float])
         "smallest": min(rows, key=megabytes),
         "fastest": min(rows, key=milliseconds),
     }
+
+
+def _short(configuration: Configuration) -> str:
+    """Its label with less of what a reader can do without."""
+    words = []
+    for override in configuration.label.split():
+        key, _, value = override.partition("=")
+        with contextlib.suppress(ValueError):  # a sampler's floats have 17 digits
+            value = f"{float(value):.3g}"
+        key = key.rpartition(".")[2]
+        words.append(value if key in ("stage", "qconfig") else f"{key}={value}")
+    return " ".join(words)
 
 
 def _sensitivity(layers: Sequence[Configuration]) -> dict[str, Any]:

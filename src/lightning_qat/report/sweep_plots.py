@@ -10,7 +10,7 @@ from lightning_qat.report.drawing import COLOURS, CUT, named_rows, note, panel, 
 from lightning_qat.report.sweep_configurations import Estimate
 
 MOST_LAYERS = 30  # in a plot: the worst
-_LETTERS = 25  # of a label
+_LETTERS = 28  # of a label
 _HEIGHT = 3.1  # inches of a scatter plot, at least
 _LINE = 0.17  # inches from one label to the next
 _FRAME = 0.55  # inches of a scatter plot below its axes
