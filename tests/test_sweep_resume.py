@@ -13,8 +13,8 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_qat import resume
-from lightning_qat.report.metrics import read_objective
 from lightning_qat.curves import CurvesLogger
+from lightning_qat.report.metrics import read_objective
 from tests.conftest import TRAIN, Road, Train, run_train
 
 QUICK = ("data=digits", "trainer=cpu", "trainer.limit_train_batches=2")
