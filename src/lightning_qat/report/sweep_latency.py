@@ -30,7 +30,9 @@ def measure(configurations: Sequence[Configuration]) -> None:
     eager, with random weights: latency does not depend on them. A file that cannot be loaded is
     left out, with a warning.
     """
-    seconds = min(SECONDS_EACH, MOST_SECONDS / max(1, len(configurations)))
+    if not configurations:
+        return
+    seconds = min(SECONDS_EACH, MOST_SECONDS / len(configurations))
     eager: Callable[[Tensor], Tensor] | None = None
     # refreshed between measurements only: a thread that draws would disturb them
     columns = (TextColumn("timing the models of the sweep"), MofNCompleteColumn())
