@@ -24,6 +24,7 @@ def test_a_search_maximises_validation_accuracy_and_goes_on_after_failures(
         "recipe.qat.learning_rate=0.01",
         "data.batch_size=choice(0,32)",
         "trainer.limit_train_batches=choice(1,2)",
+        "export_onnx=false",
         "latency_seconds=0",
         f"fp32_ckpt={road.fp32_ckpt}",
         f"hydra.sweep.dir={tmp_path}",
