@@ -96,7 +96,7 @@ def test_frozen_two_processes_train_as_one_with_twice_the_batch(
         torch.testing.assert_close(ranks[0]["frozen"]["state"][name], x, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["frozen", "qat", "ptq"])
+@pytest.mark.parametrize("name", ["frozen", "qat", "lsq", "ptq"])
 def test_all_processes_end_with_the_same_weights_scales_and_int8_model(
     ranks: list[dict[str, Any]], name: str
 ) -> None:

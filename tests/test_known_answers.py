@@ -8,12 +8,11 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
+from lightning_qat.quantization import QCONFIGS
 from tests.conftest import Road
 from tests.test_configs import composed
 
 pytestmark = pytest.mark.slow
-
-SEEDS = (0, 1, 2)
 
 
 def right(road: Road, *overrides: str) -> tuple[Tensor, Tensor]:
@@ -41,3 +40,28 @@ def right(road: Road, *overrides: str) -> tuple[Tensor, Tensor]:
         return tuple(  # type: ignore[return-value]
             callback.networks[name](images).argmax(1) == labels for name in ("fp32", "int8")
         )
+
+
+SAFE = [name for name in QCONFIGS if not name.startswith("w") and name != "onednn"]
+if torch.cpu._is_vnni_supported():
+    SAFE.append("onednn")
+
+
+@pytest.mark.parametrize("name", SAFE)
+def test_8_bits_cost_two_images_at_most(name: str, road: Road) -> None:
+    fp32, int8 = right(road, "stage=ptq", f"qconfig={name}", "trainer.limit_train_batches=8")
+    assert len(fp32) == 360
+    assert abs(int(fp32.sum()) - int(int8.sum())) <= 2
+
+
+def test_learned_scales_beat_calibration_by_two_points_where_calibration_loses(road: Road) -> None:
+    # at W4A4 it loses nothing on digits, so that there is nothing to win: see the next test
+    _, calibrated = right(road, "stage=ptq", "qconfig=w3a3")
+    _, learned = right(road, "stage=qat", "qconfig=w3a3_lsq", "recipe.qat.epochs=1")
+    assert int(learned.sum()) - int(calibrated.sum()) >= 0.02 * 360
+
+
+def test_4_bits_cost_digits_nothing(road: Road) -> None:
+    for stage in ("stage=ptq qconfig=w4a4", "stage=qat qconfig=w4a4_lsq recipe.qat.epochs=1"):
+        fp32, int8 = right(road, *stage.split())
+        assert int(fp32.sum()) - int(int8.sum()) <= 4

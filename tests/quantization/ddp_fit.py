@@ -74,6 +74,7 @@ if __name__ == "__main__":
     results = {
         "frozen": continue_frozen(folder, batch_size=8, **two),
         "qat": fit(QuantizationAwareTraining(), folder, batch_size=8, **two),
+        "lsq": fit(QuantizationAwareTraining("w4a4_lsq"), folder, batch_size=8, **two),
         "ptq": fit(
             PostTrainingQuantization(), folder, batch_size=8, max_epochs=1, validation=True, **two
         ),
