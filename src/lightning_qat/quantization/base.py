@@ -1,14 +1,14 @@
 """What quantisation aware training and post-training quantisation share: prepare, then convert."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.ao import quantization as tq
 
 from lightning_qat.checkpoint import best_weights, read_checkpoint
@@ -190,13 +190,14 @@ class QuantizationCallback(pl.Callback):
                     f"{self.target!r} itself but holds its layers by another name: use that one."
                 )
             self._all_observed = True
-            self._take_statistics_of_rank_0(trainer, pl_module)  # initial scales are each one's own
+            # each process has initialised them by its own images
+            self._take_from_rank_0(trainer, [scale.data for scale in learned_scales(net)])
         if trainer.is_last_batch:  # what is validated and saved after an epoch
             self._round_biases(trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Every process validates the same network."""
-        self._take_statistics_of_rank_0(trainer, pl_module)
+        self._take_from_rank_0(trainer, self._network(pl_module).buffers())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """While the processes can still talk."""
@@ -232,18 +233,16 @@ class QuantizationCallback(pl.Callback):
         self.networks["int8"] = convert(fake_quantised, self.engine)
 
     def _round_biases(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._take_statistics_of_rank_0(trainer, pl_module)  # or each process rounds differently
+        # DDP by itself leaves the last step's apart, and all of them in manual optimisation (PTQ)
+        self._take_from_rank_0(trainer, self._network(pl_module).buffers())
         if self._all_observed:
             round_biases(self._network(pl_module))
 
-    def _take_statistics_of_rank_0(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> None:
-        # DDP by itself leaves the last step's apart, and all of them in manual optimisation (PTQ)
+    @staticmethod
+    def _take_from_rank_0(trainer: pl.Trainer, tensors: Iterable[Tensor]) -> None:
         if trainer.world_size > 1:
-            net = self._network(pl_module)
-            for statistic in [*net.buffers(), *(x.data for x in learned_scales(net))]:
-                torch.distributed.broadcast(statistic, src=0)
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor, src=0)
 
     def _prepare(self, pl_module: pl.LightningModule) -> None:
         net = self._network(pl_module)
