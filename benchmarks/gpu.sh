@@ -23,6 +23,8 @@ precisions=(32-true bf16-mixed) # 32-true: TF32 in convolutions, torch's default
 seeds=(0 1 2)
 schedules=(15 30 60) # epochs: how long to 94, 95, 96 %
 amp=trainer.precision=bf16-mixed
+few_bits=(recipe.qat.epochs=30 recipe.qat.freeze_batch_norm_epoch=27
+  recipe.qat.freeze_observer_epoch=28)
 device=(trainer=gpu)
 step_size=()
 race_size=(--steps 200)
@@ -45,6 +47,7 @@ if [[ $mode == smoke ]]; then
   schedules=(15)
   device=(trainer=cpu data=digits trainer.limit_train_batches=3
     recipe.fp32.epochs=1 recipe.qat.epochs=1)
+  few_bits=()
   step_size=(--steps 3 --warm-up 2 --batch-size 32 --modes eager default)
   race_size=(--smoke)
 fi
@@ -67,6 +70,12 @@ pieces() {
     piece "fp32_seed$seed" 5 train recipe stage=fp32 "seed=$seed" data.val_size=0 "$amp"
     piece "ptq_seed$seed" 2 train recipe stage=ptq "seed=$seed" data.val_size=0
     piece "qat_seed$seed" 4 train recipe stage=qat "seed=$seed" data.val_size=0 "$amp"
+  done
+  for seed in "${seeds[@]}"; do # from the same weights as qat_seed*, longer: few bits need it
+    for qconfig in w4a4_lsq w2a2_lsq; do
+      piece "${qconfig}_seed$seed" 7 train recipe stage=qat "qconfig=$qconfig" "seed=$seed" \
+        data.val_size=0 "${few_bits[@]}" "$amp"
+    done
   done
   for seed in "${seeds[@]}"; do
     for stage in fp32 ptq qat; do

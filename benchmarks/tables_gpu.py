@@ -24,6 +24,7 @@ RUNS = {  # row of the table -> the names of its pieces
     "ImageNet stem": "imagenet_stem_{}_seed*",
     "`experiment=seed`": "seed_experiment_{}",
 }
+FEW_BITS = {"W4A4": "w4a4_lsq_seed*", "W2A2": "w2a2_lsq_seed*"}
 TARGETS = (0.94, 0.95, 0.96)
 PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -35,8 +36,8 @@ def load(folder: Path) -> Results:
 
 def gpu_summary(results: Results) -> str:
     """All tables and their origin; what there is no result of says so."""
-    tables = [accuracy_table(results), target_table(results), step_table(results)]
-    return "\n\n".join([*tables, remarks(results), origins(results), races(results)])
+    parts = (accuracy_table, few_bits_table, target_table, step_table, remarks, origins, races)
+    return "\n\n".join(part(results) for part in parts)
 
 
 def accuracy_table(results: Results) -> str:
@@ -56,6 +57,20 @@ def accuracy_table(results: Results) -> str:
             _difference(ptq),
             f"{_time(fp32)} + {_time(qat)}" if fp32 and qat else NOT_YET,
         ]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def few_bits_table(results: Results) -> str:
+    """One row a number of bits, with learned scales, on the CIFAR stem."""
+    lines = [
+        "| CIFAR stem, learned scales | epochs of QAT | INT8 | INT8 - FP32, points |",
+        "| --- | --- | --- | --- |",
+    ]
+    for label, names in FEW_BITS.items():
+        runs = _matching(results, names)
+        epochs = str(runs[0]["epochs"]) if runs else NOT_YET
+        cells = [epochs, _accuracy(runs, "int8"), _difference(runs)]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

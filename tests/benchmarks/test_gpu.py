@@ -67,6 +67,8 @@ def test_the_list_names_every_row_of_the_tables(tmp_path: Path) -> None:
     for pieces in tables_gpu.RUNS.values():
         for stage in ("fp32", "qat"):
             assert any(tables_gpu.fnmatch(name, pieces.format(stage)) for name in names)
+    for pieces in tables_gpu.FEW_BITS.values():
+        assert sum(tables_gpu.fnmatch(name, pieces) for name in names) == 3
     steps = {f"step_{m}_{p}" for m in tables_gpu.STEMS for p in tables_gpu.PRECISIONS}
     assert steps | {"deterministic_fp32", "deterministic_qat"} <= set(names)
     for line in printed.splitlines():
@@ -170,7 +172,9 @@ def test_nothing_measured_says_so_in_every_table() -> None:
         assert set(row(text, name)[1:]) == {"not measured yet"}
     assert set(row(text, "shortest schedule")[1:]) == {"not measured yet"}
     assert row(text, "ImageNet stem, bf16-mixed")[1] == "not measured yet"
-    assert text.count("not measured yet") == 18 + 3 + 4 + 3 + 1
+    for bits in tables_gpu.FEW_BITS:
+        assert set(row(text, bits)[1:]) == {"not measured yet"}
+    assert text.count("not measured yet") == 18 + 6 + 3 + 4 + 3 + 1
     assert "No GPU was at hand" in text
 
 
@@ -180,6 +184,7 @@ def test_accuracy_is_that_of_all_seeds_and_differences_are_paired() -> None:
         "fp32_seed1": run(0.9620),
         "fp32_epochs15_seed0": run(0.9, epochs=15),
         "imagenet_stem_fp32_seed0": run(0.88),
+        "w4a4_lsq_seed0": run(0.96, 0.946, epochs=30),
         "qat_seed0": run(0.9600, 0.9610, epochs=5, training={"seconds": 11.0}),
         "qat_seed1": run(0.9620, 0.9632, epochs=5, training={"seconds": 13.0}),
     }
@@ -193,6 +198,7 @@ def test_accuracy_is_that_of_all_seeds_and_differences_are_paired() -> None:
         "not measured yet",
         "120 s + 12 s",
     ]
+    assert row(text, "W4A4") == ["W4A4", "30", "94.60% (1 seed)", "-1.40 (1 seed)"]
     assert row(text, "ImageNet stem")[2:4] == ["88.00% (1 seed)", "not measured yet"]
     assert "A GPU, torch 2.11, 2026-12-01, commit 0123456789: `benchmarks/gpu.sh`" in text
     assert "FP32, eager: 1.23 ms" in text
