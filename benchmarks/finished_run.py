@@ -35,14 +35,15 @@ class FinishedRun:
 
     Attributes:
         datamodule: not set up.
-        fp32, int8: networks that take normalised images; ``int8`` is None where there is no
-            checkpoint to convert.
+        fp32, fake_quant, int8: networks that take normalised images; the last two are None where
+            there is no checkpoint to convert.
         description: of the INT8 files.
     """
 
     folder: Path
     datamodule: ImageDataModule
     fp32: nn.Module
+    fake_quant: nn.Module | None
     int8: Int8Model | None
     description: Description
 
@@ -80,15 +81,16 @@ def read(folder: Path) -> FinishedRun:
 
     checkpoints = [folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
     trained = next(filter(Path.is_file, checkpoints), None)
-    int8 = None
+    fake_quant = int8 = None
     if trained is not None:
         callback = instantiate(cfg.callbacks.result)
         callback.load(fresh_module(), trained)
-        int8 = callback.int8_model
+        fake_quant, int8 = callback.networks["fake_quant"], callback.int8_model
     return FinishedRun(
         folder=folder,
         datamodule=datamodule,
         fp32=fresh_module().net.eval(),
+        fake_quant=fake_quant,
         int8=int8,
         description=runtimes.load(folder / "model_int8.ts").description,
     )

@@ -33,7 +33,7 @@ class ImageClassifier(pl.LightningModule):
         decay_all: let weight decay act on biases and batch-norm, too, not on the weights of layers
             only (He et al., "Bag of Tricks for Image Classification", 2018, section 3.1).
         scale_learning_rate: of scales that fake-quantisers learn, as in LSQ, per process as well.
-            None = ``learning_rate``, as in its paper. They have no weight decay.
+            None = ten times ``learning_rate``, because a fine-tuning is short. No weight decay.
         label_smoothing: share of the training target that all classes get alike (Szegedy et al.,
             "Rethinking the Inception Architecture", 2015, section 7).
         milestones: epochs that divide the learning rate by ten. None = one cycle (Smith and Topin,
@@ -194,7 +194,7 @@ class ImageClassifier(pl.LightningModule):
             groups[1]["weight_decay"] = 0.0
         if scales:
             own = hparams["scale_learning_rate"]
-            rate = learning_rate if own is None else own * self.trainer.world_size
+            rate = 10 * learning_rate if own is None else own * self.trainer.world_size
             groups.append({"params": scales, "lr": rate, "weight_decay": 0.0})
         optimizer = torch.optim.SGD(
             groups,

@@ -31,6 +31,12 @@ def by_autograd(
     return (integers - zero_point) * scale + offset
 
 
+def rounds_into(x: Tensor, scale: Tensor, zero_point: Any, limits: tuple[int, int]) -> Tensor:
+    """Where torch's fake-quantisers have a gradient."""
+    integers = (x / scale).round() + zero_point
+    return (integers >= limits[0]) & (integers <= limits[1])
+
+
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_gradient_of_a_weights_scale_is_the_papers(bits: int, per_channel: bool) -> None:
@@ -53,7 +59,9 @@ def test_the_gradient_of_a_weights_scale_is_the_papers(bits: int, per_channel: b
     expected = by_autograd(again, scale.reshape(shape), zero, zero, fake_quant.limits)
     (expected * weights).sum().backward()
     torch.testing.assert_close(fake_quant(x), expected)
-    torch.testing.assert_close(x.grad, again.grad)
+    torch.testing.assert_close(
+        x.grad, weights * rounds_into(x, scale.reshape(shape), 0, fake_quant.limits)
+    )
     values = x.numel() / scale.numel()
     paper = scale.grad / math.sqrt(values * fake_quant.limits[1])  # type: ignore[operator]
     torch.testing.assert_close(fake_quant.scale.grad, paper, rtol=1e-4, atol=1e-5)
@@ -74,7 +82,7 @@ def test_the_gradients_of_an_activations_scale_and_offset_are_the_papers() -> No
     expected = by_autograd(again, scale, offset, torch.zeros(1), (0, 15))
     (expected * weights).sum().backward()
     torch.testing.assert_close(fake_quant(x), expected)
-    torch.testing.assert_close(x.grad, again.grad)
+    torch.testing.assert_close(x.grad, weights * rounds_into(x, scale, 5, (0, 15)))
     share = 1 / math.sqrt(40 * 15)
     for found, wanted in ((fake_quant.scale, scale), (fake_quant.offset, offset)):
         torch.testing.assert_close(found.grad, wanted.grad * share, rtol=1e-4, atol=1e-5)
@@ -147,7 +155,7 @@ def classifier(**kwargs: Any) -> ImageClassifier:
     return ImageClassifier(**settings | kwargs)
 
 
-@pytest.mark.parametrize(("own", "expected"), [(None, 0.01), (0.002, 0.002)])
+@pytest.mark.parametrize(("own", "expected"), [(None, 0.1), (0.002, 0.002)])
 def test_our_module_gives_scales_a_rate_of_their_own_and_no_weight_decay(
     own: float | None, expected: float, tmp_path: Path
 ) -> None:

@@ -29,7 +29,9 @@ class _LearnedRound(torch.autograd.Function):
 
     The gradient of a scale is the rounding error where nothing is clipped, else the integer at
     which it is (LSQ, equation 3); that of an offset is 1 where something is clipped (LSQ+,
-    equation 6). Both are multiplied by ``gradient_scale``.
+    equation 6). Both are multiplied by ``gradient_scale``. What comes in has a gradient where it
+    rounds into the range, as in torch's fake-quantisers: half a step further than in LSQ, which
+    trained ResNet18 better at 2 bits.
     """
 
     @staticmethod
@@ -52,9 +54,10 @@ class _LearnedRound(torch.autograd.Function):
         x, scale, zero_point = ctx.saved_tensors
         lowest, highest = ctx.limits
         steps = x.mul(1 / scale)
-        # clipped is what leaves the range before it is rounded: LSQ, equation 1
+        rounded = steps.round().add_(zero_point)
+        integers = rounded.clamp(lowest, highest)
+        # for the scale, clipped is what leaves the range before it is rounded: LSQ, equation 1
         inside = (steps >= lowest - zero_point) & (steps <= highest - zero_point)
-        integers = steps.round().add_(zero_point).clamp_(lowest, highest)
         learns_offset = ctx.needs_input_grad[2]
         # with an offset the clipped value is limit * scale + offset, else (limit - zero_point) * s
         clipped = integers if learns_offset else integers - zero_point
@@ -64,7 +67,8 @@ class _LearnedRound(torch.autograd.Function):
         for_offset = None
         if learns_offset:
             for_offset = torch.where(inside, 0, gradient).sum().reshape(1) * ctx.gradient_scale
-        return gradient * inside, for_scale * ctx.gradient_scale, for_offset, None, None, None
+        for_x = gradient * (integers == rounded)
+        return for_x, for_scale * ctx.gradient_scale, for_offset, None, None, None
 
 
 class LearnedScaleFakeQuantize(SwitchedFakeQuantize):

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lightning_qat import cli
+from lightning_qat.overrides import as_typed
 from lightning_qat.report.metrics import FILE_NAME
 
 
@@ -46,7 +47,8 @@ def read_runs(folder: Path) -> list[Run]:
 
 def _read(folder: Path) -> Run:
     number = int(OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.job.num)
-    overrides = tuple(str(x) for x in OmegaConf.load(folder / ".hydra" / "overrides.yaml"))
+    typed: Any = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+    overrides = tuple(as_typed(typed))
     try:
         failure = json.loads((folder / cli.FAILURE_FILE).read_text())
         return Run(folder, number, overrides, {}, failure["status"], failure["message"])
