@@ -143,12 +143,14 @@ def test_no_step_makes_a_gpu_wait(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["x86", "w4a4_lsq"])
 @torch._dynamo.config.patch(dont_skip_tracing=True)  # as `model.compile` does
-def test_the_fake_quantised_network_compiles_to_one_graph_with_the_same_numbers() -> None:
-    net = prepare_qat(resnet18(10, "imagenet").train(), x86(), "x86")
+def test_the_fake_quantised_network_compiles_to_one_graph_with_the_same_numbers(name: str) -> None:
+    net = prepare_qat(resnet18(10, "imagenet").train(), QCONFIGS[name](), "x86")
+    images, labels = torch.rand(8, 3, 16, 16), torch.randint(10, (8,))
+    net(images)  # as `model.compile` does, too: the first step initialises learned scales
     compiled = copy.deepcopy(net)
     compiled.compile(backend="aot_eager", fullgraph=True)
-    images, labels = torch.rand(8, 3, 16, 16), torch.randint(10, (8,))
     losses: list[list[Tensor]] = []
     for each in (net, compiled):
         optimizer = torch.optim.SGD(each.parameters(), lr=0.01)
