@@ -36,7 +36,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=100)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    sweeps = [[row(x, args.batches) for x in configurations(read_runs(s))] for s in args.sweeps]
+    found = [configurations(read_runs(sweep)) for sweep in args.sweeps]
+    sweeps = [[row(x, args.batches) for x in each if x.network == "int8"] for each in found]
     result = {"sweeps": sweeps, "batches": args.batches, **origin()}
     write(result, "\n\n".join([*map(table, sweeps), origin_in_words(result)]) + "\n", args.out)
 

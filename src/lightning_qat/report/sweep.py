@@ -14,6 +14,7 @@ from rich.table import Table
 
 from lightning_qat import cli
 from lightning_qat.errors import UserError, checked_float
+from lightning_qat.overrides import as_typed
 
 if TYPE_CHECKING:  # --help shall not wait for torch
     from lightning_qat.report.sweep_runs import Run
@@ -101,9 +102,9 @@ def _report(runs: "list[Run]", folder: Path, config: DictConfig) -> int:
 
 def _command(config: DictConfig) -> str:
     """What started the multirun."""
-    overrides = config.hydra.overrides
-    of_hydra = [x for x in overrides.hydra if not x.startswith("hydra.mode=")]  # it is -m
-    return shlex.join(["python", "train.py", "-m", *overrides.task, *of_hydra])
+    task, of_hydra = (as_typed(config.hydra.overrides[x]) for x in ("task", "hydra"))
+    of_hydra = [x for x in of_hydra if not x.startswith("hydra.mode=")]  # it is -m
+    return shlex.join(["python", "train.py", "-m", *task, *of_hydra])
 
 
 def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
