@@ -14,7 +14,6 @@ from lightning_qat import QuantizationAwareTraining
 from lightning_qat.module import ImageClassifier
 from lightning_qat.network import resnet18
 from lightning_qat.quantization import QCONFIGS, learned_scales
-from lightning_qat.quantization.learned_scale import LearnedScaleFakeQuantize
 from tests.quantization.networks import SmallModule, images, loader
 from tests.quantization.test_callback import scales, trainer_with
 
@@ -75,6 +74,7 @@ def test_the_gradients_of_an_activations_scale_and_offset_are_the_papers() -> No
     with torch.no_grad():
         fake_quant.scale.mul_(0.6)
         fake_quant.offset.copy_(-5 * fake_quant.scale)  # a whole number of steps
+    fake_quant.follow_parameters()
     (fake_quant(x) * weights).sum().backward()
 
     again = x.detach().requires_grad_()
@@ -195,17 +195,40 @@ def test_optimizers_that_would_harm_scales_are_told_of(
         trainer.fit(module(), loader())
 
 
-def test_a_scale_never_becomes_negative() -> None:
-    fake_quant = LearnedScaleFakeQuantize(
-        tq.MinMaxObserver, quant_min=-8, quant_max=7, dtype=torch.qint8,
-        qscheme=torch.per_tensor_symmetric,
-    )  # fmt: skip
-    x = nn.Parameter(torch.randn(10))
-    fake_quant(x)
-    with torch.no_grad():
-        fake_quant.scale.fill_(-1.0)
-    assert torch.isfinite(fake_quant(x)).all()
-    assert fake_quant.scale.item() > 0
+class StepsTooFar(SmallModule):
+    """As a large learning rate would."""
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            for scale in learned_scales(self):
+                scale.fill_(-1.0)
+
+
+def test_no_scale_is_negative_in_what_a_last_step_leaves(tmp_path: Path) -> None:
+    callback = QuantizationAwareTraining("lsq_plus")
+    keep = ModelCheckpoint(tmp_path, filename="last")
+    trainer_with(callback, keep, folder=tmp_path).fit(StepsTooFar(), loader())
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    learned = [name for name in saved if name.endswith(".scale")]
+    assert learned
+    for name in learned:
+        assert (saved[name] > 0).all(), name
+    x, _ = images(seed=4)
+    expected = callback.networks["fake_quant"](x)
+    torch.testing.assert_close(callback.int8_model(x), expected, rtol=0, atol=1e-3)
+
+
+class SeesTwoViews(SmallModule):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss + super().training_step([batch[0].flip(3), batch[1]], batch_idx)
+
+
+def test_a_step_may_run_the_network_twice(tmp_path: Path) -> None:
+    callback = QuantizationAwareTraining("lsq_plus")
+    trainer_with(callback, folder=tmp_path).fit(SeesTwoViews(), loader())
+    assert callback.int8_model(images()[0]).isfinite().all()
 
 
 def test_distillation_learns_from_the_float_networks_answers() -> None:

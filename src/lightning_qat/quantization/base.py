@@ -29,7 +29,7 @@ from lightning_qat.quantization.compatibility import (
     warn_of_learned_scales,
 )
 from lightning_qat.quantization.convert import Int8Model, convert
-from lightning_qat.quantization.learned_scale import learned_scales
+from lightning_qat.quantization.learned_scale import follow_optimizers, learned_scales
 from lightning_qat.quantization.prepare import is_prepared, prepare_qat
 from lightning_qat.quantization.resolve import describe, resolve_overrides, resolve_qconfig
 
@@ -192,6 +192,7 @@ class QuantizationCallback(pl.Callback):
             self._all_observed = True
             # each process has initialised them by its own images
             self._take_from_rank_0(trainer, [scale.data for scale in learned_scales(net)])
+        follow_optimizers(net)
         if trainer.is_last_batch:  # what is validated and saved after an epoch
             self._round_biases(trainer, pl_module)
 

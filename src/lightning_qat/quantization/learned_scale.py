@@ -24,6 +24,17 @@ def learned_scales(net: nn.Module) -> list[nn.Parameter]:
     return [parameter for x in fake_quants for parameter in x.parameters()]
 
 
+def follow_optimizers(net: nn.Module) -> None:
+    """Let what depends on learned scales follow them, after a step: before anything reads them.
+
+    Not in ``forward``: a network may run twice before one backward pass, which wants the scales as
+    they were.
+    """
+    for module in net.modules():
+        if isinstance(module, LearnedScaleFakeQuantize):
+            module.follow_parameters()
+
+
 class _LearnedRound(torch.autograd.Function):
     """Round and clip; the scale has a gradient, and the offset, where the clip has one.
 
@@ -105,8 +116,6 @@ class LearnedScaleFakeQuantize(SwitchedFakeQuantize):
             self._initialise(X.detach(), is_training_step=torch.is_grad_enabled())
         if not self.rounds:
             return X
-        if torch.is_grad_enabled():
-            self.follow_parameters()
         scale, zero_point = self.scale, self.zero_point
         values = X.numel() // scale.numel()
         if self.is_per_channel:
