@@ -11,6 +11,7 @@ from torch.ao import quantization as tq
 
 from lightning_qat import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_qat.deployment.onnx_export import to_onnx
+from lightning_qat.errors import UserError
 from lightning_qat.quantization import QCONFIGS, make_qconfig
 from tests.quantization.networks import SmallModule, loader
 from tests.quantization.test_callback import trainer_with
@@ -212,3 +213,32 @@ def test_qconfigs_without_an_integer_kernel_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         QuantizationAwareTraining(tq.QConfig(activation, weight))
+
+
+class SharesAWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(192, 192) for _ in range(3))
+        self.second.weight = self.third.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x.flatten(1)).relu())
+        return self.third(x.relu())[:, :4]
+
+
+def test_layers_that_share_a_weight_round_it_to_bits_of_their_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    callback = QuantizationAwareTraining("w2a4")
+    trainer_with(callback, folder=tmp_path).fit(SmallModule(SharesAWeight()), loader())
+    fake_quant: Any = callback.networks["fake_quant"]
+    step = fake_quant.third.activation_post_process.scale
+    assert fake_quant.first.weight is fake_quant.second.weight
+    with torch.no_grad():
+        difference = callback.int8_model(bright()) - fake_quant(bright())
+    assert (difference.abs() / step).max() < 1.5
+
+
+def test_few_bits_do_not_hide_8_that_would_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    with pytest.raises(UserError, match="saturate"):
+        QuantizationAwareTraining(make_qconfig(activation_bits=4, reduce_range=False))

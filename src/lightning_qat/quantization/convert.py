@@ -63,6 +63,8 @@ def convert(fake_quantised: nn.Module, engine: str) -> Int8Model:
     """
     model: Any = copy.deepcopy(fake_quantised).cpu().eval()
     for module in model.modules():
+        if hasattr(module, "weight_fake_quant"):  # each rounds its own, where layers share a weight
+            module.weight = nn.Parameter(module.weight.detach().clone())
         if isinstance(module, tq.FakeQuantizeBase):
             module.disable_observer()
             module.register_forward_hook(_leave_rounded)  # convert calls those of weights

@@ -52,7 +52,8 @@ def resolve_qconfig(qconfig: str | tq.QConfig, allow_saturation: bool) -> tuple[
             f"choose a qconfig for one of {', '.join(torch.backends.quantized.supported_engines)}."
         )
     if engine != "qnnpack" and not allow_saturation and not torch.cpu._is_vnni_supported():
-        observer = activation.activation_post_process
+        wide = getattr(qconfig, "wide", None)  # with few bits, some activations have 8
+        observer = (wide.activation() if wide else activation).activation_post_process
         if observer.quant_max - observer.quant_min > 127:
             raise UserError(
                 f"this qconfig uses 8-bit activations on {engine!r}, and this CPU has no VNNI: "
