@@ -242,3 +242,16 @@ def test_few_bits_do_not_hide_8_that_would_saturate(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     with pytest.raises(UserError, match="saturate"):
         QuantizationAwareTraining(make_qconfig(activation_bits=4, reduce_range=False))
+
+
+@pytest.mark.parametrize(("base", "own", "limits"), [("x86", "w4a4", 15), ("w4a4", "w2a2_lsq", 3)])
+def test_the_bits_of_one_layer_are_those_of_what_it_takes_in(
+    base: str, own: str, limits: int, tmp_path: Path
+) -> None:
+    callback = fitted(tmp_path, base, overrides={"block.conv2": own})
+    net: Any = callback.networks["fake_quant"]
+    assert net.block.conv1.activation_post_process.limits == (0, limits)
+    x = bright()
+    step = net.fc.activation_post_process.scale.detach()
+    with torch.no_grad():
+        assert ((net(x) - callback.int8_model(x)).abs() / step).max() < 1.5

@@ -131,27 +131,30 @@ class _Marking:
         for module, nodes in rounding.items():
             own: Any = getattr(module, "qconfig", None) or self.qconfigs.get(nodes[0])
             wide = getattr(own, "wide", None)
-            if wide is None or any(self._is_multiplied(node) for node in nodes):
+            readers = [reader for node in nodes for reader in self._multipliers(node, own)]
+            if isinstance(module, tq.QuantStub | tq.DeQuantStub) and wide is None:
+                continue  # it was made for its reader
+            wanted = readers[0] if readers else wide  # what reads a tensor says how many bits
+            if wanted is None or own in readers:
                 continue
             if isinstance(module, tq.FakeQuantizeBase):
-                self.graph_module.set_submodule(str(nodes[0].target), wide.activation())
+                self.graph_module.set_submodule(str(nodes[0].target), wanted.activation())
             elif getattr(module, "qconfig", None) and own.activation is not nn.Identity:
-                mixed: Any = tq.QConfig(activation=wide.activation, weight=own.weight)
+                mixed: Any = tq.QConfig(activation=wanted.activation, weight=own.weight)
                 module.qconfig = mixed
 
-    def _is_multiplied(self, node: fx.Node) -> bool:
-        """Whether a layer of few bits, or a product, reads what ``node`` gives."""
+    def _multipliers(self, node: fx.Node, own: Any) -> list[Any]:
+        """The qconfigs of few bits of the layers, or ``own`` for products, that read ``node``."""
+        found: list[Any] = []
         for user in node.users:
             functional = float_functional_of(self.graph_module, user)
             if user in self.layers:
-                found = getattr(self.qconfigs[user], "wide", None) is not None
+                found += [self.qconfigs[user]]
             elif functional is not None:
-                found = user.target == "mul"
-            else:
-                found = bool(self.qconfigs.get(user)) and self._is_multiplied(user)
-            if found:
-                return True
-        return False
+                found += [own] if user.target == "mul" else []
+            elif self.qconfigs.get(user):
+                found += self._multipliers(user, own)
+        return [qconfig for qconfig in found if getattr(qconfig, "wide", None) is not None]
 
     def _may_upsample_signals(self, node: fx.Node, module: Any) -> bool:
         """There is no integer kernel for tensors of three dimensions."""
