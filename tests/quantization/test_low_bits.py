@@ -255,3 +255,16 @@ def test_the_bits_of_one_layer_are_those_of_what_it_takes_in(
     step = net.fc.activation_post_process.scale.detach()
     with torch.no_grad():
         assert ((net(x) - callback.int8_model(x)).abs() / step).max() < 1.5
+
+
+def test_what_an_activation_function_takes_in_keeps_8_bits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Conv2d(8, 8, 3), nn.LeakyReLU(), nn.Flatten(),
+        nn.Linear(128, 4),
+    )  # fmt: skip
+    callback = QuantizationAwareTraining("w2a4_lsq")
+    trainer_with(callback, folder=tmp_path).fit(SmallModule(net), loader())
+    fake_quant: Any = callback.networks["fake_quant"]
+    limits = [x.activation_post_process.limits for x in map(fake_quant.get_submodule, "012")]
+    assert limits == [(0, 255), (0, 15), (0, 255)]

@@ -152,9 +152,15 @@ class _Marking:
                 found += [self.qconfigs[user]]
             elif functional is not None:
                 found += [own] if user.target == "mul" else []
-            elif self.qconfigs.get(user):
+            elif self.qconfigs.get(user) and not self._rounds_anew(user):
                 found += self._multipliers(user, own)
         return [qconfig for qconfig in found if getattr(qconfig, "wide", None) is not None]
+
+    def _rounds_anew(self, node: fx.Node) -> bool:
+        """Whether the integers that ``node`` takes in are not those that it gives."""
+        is_module = node.op == "call_module"
+        module = self.graph_module.get_submodule(str(node.target)) if is_module else None
+        return type(module) in INTEGER_FUNCTIONS
 
     def _may_upsample_signals(self, node: fx.Node, module: Any) -> bool:
         """There is no integer kernel for tensors of three dimensions."""
