@@ -69,7 +69,7 @@ class _Marking:
                     node.replace_input_with(source, self._stub_after(source, wanted))
             if wanted and type(module) in CLAMPS and self._is_alone_behind(sources[0]):
                 self._round_after(node, wanted)
-        self._widen_what_is_not_multiplied()
+        self._give_bits_by_readers()
         self.graph.lint()
         graph_module.recompile()
 
@@ -116,10 +116,10 @@ class _Marking:
             self.in_float[name] = "no exact integer kernel"
         return None
 
-    def _widen_what_is_not_multiplied(self) -> None:
-        """Bits are what products cost: what layers do not read, such as both sides of a sum, has 8.
+    def _give_bits_by_readers(self) -> None:
+        """A tensor has the bits of the layer that reads it, because bits are what products cost.
 
-        That is how integer networks of few bits have their residual sums.
+        What no layer reads, such as both sides of a residual sum, has 8.
         """
         rounding: dict[nn.Module, list[fx.Node]] = {}
         for node in [*self.rounds, *self.stubs.values(), *self.qconfigs]:
