@@ -41,6 +41,20 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["freeze_observer_epoch='soon'"],
     ),
     "saturation_word": (["stage=qat", "allow_saturation=no_way"], ["allow_saturation='no_way'"]),
+    "too_many_bits": (
+        ["stage=ptq", "qconfig=custom", "qconfig.weight_bits=9"],
+        ["qconfig.weight_bits=9", "2 to 8"],
+    ),
+    "no_such_scales": (
+        ["stage=qat", "qconfig=custom", "qconfig.scales=lerned"],
+        ["scales='lerned'", "learned_offset"],
+    ),
+    "distill_word": (["stage=qat", "distill=a_bit"], ["distill='a_bit'", "true or false"]),
+    "scale_learning_rate": (
+        ["model.scale_learning_rate=fast"],
+        ["scale_learning_rate='fast'", "number"],
+    ),
+    "only_one_layer": (["stage=ptq", "only=layer9"], ["no layer 'layer9'", "layer4"]),
     "unknown_argument": (["+data.colour=red"], ["colour", "DigitsDataModule"]),
     "fp32_missing": (
         ["stage=qat", "fp32_ckpt=nowhere.ckpt"],
