@@ -23,11 +23,11 @@ log = logging.getLogger(__name__)
 
 # Title in the printed table -> columns of sweep.csv, two of them as "FP32→INT8".
 COLUMNS = {
+    "job": ["job"],
     "stage": ["stage"],
     "qconfig": ["qconfig"],
     "seed": ["seed"],
     "FP32": ["accuracy.fp32"],
-    "fake-quant": ["accuracy.fake_quant"],
     "INT8": ["accuracy.int8"],
     "agree": ["agreement.int8_vs_fake_quant"],
     "MB": ["size_bytes.fp32", "size_bytes.int8"],
@@ -108,7 +108,7 @@ def _command(config: DictConfig) -> str:
 
 
 def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    first = ["job", *(name for names in COLUMNS.values() for name in names)]
+    first = [name for names in COLUMNS.values() for name in names]
     others = sorted({name for row in rows for name in row} - set(first))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*first, *others])
@@ -140,10 +140,22 @@ def _print(rows: list[dict[str, Any]]) -> None:
         console.print(
             "MB, ms: FP32→INT8. ms: median of one image on one thread, eager→TorchScript."
         )
-    for row in rows:
+    for row, arguments in zip(rows, _own_arguments(rows), strict=True):
         if row["status"]:
             message = str(row["message"]).splitlines()[0]
             console.print(f"job {row['job']} ({row['overrides']}) failed: {message}", markup=False)
+        elif arguments:
+            console.print(f"job {row['job']}: {arguments}", markup=False, highlight=False)
+
+
+def _own_arguments(rows: list[dict[str, Any]]) -> list[str]:
+    """By what jobs differ that no column of the table shows."""
+    words = [row["overrides"].split() for row in rows]
+    common = set.intersection(*map(set, words))
+    shown = ("stage=", "qconfig=", "seed=")
+    return [
+        " ".join(x for x in own if x not in common and not x.startswith(shown)) for own in words
+    ]
 
 
 def _cell(name: str, value: Any) -> str:
