@@ -1,21 +1,28 @@
 """train.py as a user runs it, and torch's own deprecations silenced as the package does."""
 
+import fcntl
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import absl.logging
 import pytest
+from filelock import FileLock
 
 from lightning_qat._torch_deprecations import FILTERS
 
 TRAIN = Path(__file__).parents[1] / "train.py"
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # None = the only process that tests
+
+if WORKER:  # each has a core of its own, and what it starts inherits this
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,12 +33,30 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore:{message}:{category.__name__}")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """What is marked `alone` runs while the other processes wait: it measures time."""
+    if not WORKER:
+        return (yield)
+    alone = item.get_closest_marker("alone") is not None
+    folder = item.config.cache.mkdir("alone")  # type: ignore[union-attr]
+    with (folder / "gate").open("w") as gate, (folder / "machine").open("w") as machine:
+        fcntl.flock(gate, fcntl.LOCK_EX)  # closed while one waits to be alone, or none ever would
+        fcntl.flock(machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        if not alone:
+            fcntl.flock(gate, fcntl.LOCK_UN)
+        return (yield)
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every kind of exported file of one small network, see `artifacts.export`."""
     from tests.deployment.artifacts import export  # imports torch
 
     return export(tmp_path_factory.mktemp("exported"))
+
+
+PRINTED = "printed.json"
 
 
 @dataclass
@@ -60,10 +85,22 @@ class Road:
 @pytest.fixture(scope="session")
 def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
     """The README's main command, in a process of its own."""
-    output_dir = tmp_path_factory.mktemp("road")
-    command = "-m stage=fp32,ptq,qat data=digits"
-    done = run_train(*command.split(), f"output_dir={output_dir}")
+    own = tmp_path_factory.getbasetemp() / "road"
+    if not WORKER:
+        return made_road(own)
+    made = own.parents[1] / "road"
+    with FileLock(f"{made}.lock"):  # one process makes it, and each gets a copy of its own
+        if not made.exists():
+            made_road(made)
+    shutil.copytree(made, own)
+    return Road(own, *json.loads((own / PRINTED).read_text()))
+
+
+def made_road(output_dir: Path) -> Road:
+    """Run it, and keep what it printed beside its results."""
+    done = run_train(*"-m stage=fp32,ptq,qat data=digits".split(), f"output_dir={output_dir}")
     assert done.returncode == 0, done.stdout + done.stderr
+    (output_dir / PRINTED).write_text(json.dumps([done.stdout, done.stderr]))
     return Road(output_dir, done.stdout, done.stderr)
 
 

@@ -12,6 +12,7 @@ from tests.conftest import Train, run_train
 QUICK = ("data=digits", "trainer.max_epochs=1", "trainer.limit_train_batches=2")
 
 
+@pytest.mark.alone
 def test_help_reads_well_and_answers_in_two_seconds() -> None:
     start = time.perf_counter()
     done = run_train("--help")

@@ -57,6 +57,7 @@ def test_every_choice_in_the_readme_is_a_config_file() -> None:
         assert sorted(choices) == sorted(path.stem for path in files)
 
 
+@pytest.mark.alone
 def test_importing_the_package_adds_little_to_lightnings_own_time() -> None:
     code = (
         "import time, pytorch_lightning; start = time.perf_counter(); "

@@ -144,6 +144,7 @@ def test_a_gpu_gives_the_same_images(images: Tensor, mode: PaddingMode) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_one_core_augments_more_than_ten_thousand_cifar_images_a_second() -> None:
     count, batch = 10_000, 256
     images = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8)
