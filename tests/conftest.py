@@ -98,7 +98,7 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
 
 def made_road(output_dir: Path) -> Road:
     """Run it, and keep what it printed beside its results."""
-    done = run_train(*"-m stage=fp32,ptq,qat data=digits".split(), f"output_dir={output_dir}")
+    done = run_train(*["-m", "stage=fp32,ptq,qat", "data=digits"], f"output_dir={output_dir}")
     assert done.returncode == 0, done.stdout + done.stderr
     (output_dir / PRINTED).write_text(json.dumps([done.stdout, done.stderr]))
     return Road(output_dir, done.stdout, done.stderr)
