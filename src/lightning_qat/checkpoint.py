@@ -7,12 +7,31 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-from lightning_qat.atomic import atomic_path
+from lightning_qat.atomic import atomic_path, remove_partials
 from lightning_qat.errors import UserError, checked_path
+from lightning_qat.in_use import exclusive
 
 log = logging.getLogger(__name__)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints beside their place, whole or not at all.
+
+    Lightning's own writes them to the system's temporary folder. From another file system, moving
+    is copying: a process that is killed meanwhile, or a full disk, leaves half a checkpoint.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write ``checkpoint`` to ``path``."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as partial:
+            _save(checkpoint, partial)
 
 
 def best_weights(trainer: pl.Trainer, target: str) -> dict[str, Tensor] | None:
@@ -43,8 +62,16 @@ def save_weights(module: pl.LightningModule, trainer: pl.Trainer, path: Path) ->
         "global_step": trainer.global_step,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as partial:
-        torch.save(checkpoint, partial)
+    # unlike a run's folder, this one may have several runs that write the same file
+    with exclusive(path.with_name(f".{path.name}.lock")):
+        remove_partials(path.parent, path.name)
+        with atomic_path(path) as partial:
+            _save(checkpoint, partial)
+
+
+def _save(checkpoint: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:  # given a path, torch hides what the disk answers
+        torch.save(checkpoint, file)
 
 
 def load_weights(

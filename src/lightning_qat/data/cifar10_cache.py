@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 from filelock import FileLock
 
 from lightning_qat.data.cifar10_records import BATCHES, Records, check_digests
-from lightning_qat.data.cifar10_source import obtain
+from lightning_qat.data.cifar10_source import DOWNLOAD_PREFIX, obtain
 from lightning_qat.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ def build_cache(root: Path, sha1: Mapping[str, str]) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{CACHE_NAME}.lock"):
+            for left in root.glob(f"{DOWNLOAD_PREFIX}*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             if read_cache(root, sha1) is None:
                 _write(root / CACHE_NAME, obtain(root, sha1))
     except OSError as error:

@@ -11,6 +11,9 @@ from lightning_qat.data.cifar10_files import LOCAL_SOURCES, decode, find_local
 from lightning_qat.data.cifar10_records import Records, WrongContentError, check_digests
 from lightning_qat.errors import UserError
 
+DOWNLOAD_PREFIX = "download-"
+"""How the folders begin that downloads are put into."""
+
 log = logging.getLogger(__name__)
 
 
@@ -42,7 +45,7 @@ def _fetched(root: Path, sha1: Mapping[str, str]) -> dict[str, Records]:
     for source, (fetch, form) in SOURCES.items():
         log.info("CIFAR-10 is not in %s: trying %s", root, source)
         try:
-            with tempfile.TemporaryDirectory(prefix="download-", dir=root) as folder:
+            with tempfile.TemporaryDirectory(prefix=DOWNLOAD_PREFIX, dir=root) as folder:
                 batches = decode(fetch(Path(folder)), form)
             check_digests(batches, sha1)
             return batches

@@ -60,5 +60,7 @@ def _forget_freed_operators(model: nn.Module) -> None:
 def save_torchscript(scripted: torch.jit.ScriptModule, path: Path, description: Description) -> int:
     """Write ``scripted`` with its description, whole or not at all; gives the file's bytes."""
     with atomic_path(path) as partial:
-        scripted.save(str(partial), _extra_files={f"{KEY}.json": description.to_json()})
+        # given a path, torch hides what the disk answers
+        extra = {f"{KEY}.json": description.to_json()}
+        partial.write_bytes(scripted.save_to_buffer(_extra_files=extra))
     return path.stat().st_size

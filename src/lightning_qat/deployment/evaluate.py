@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.atomic import PARTIAL
 from lightning_qat.data.image_datamodule import ImageDataModule
 from lightning_qat.deployment.accuracy import (
     accuracy,
@@ -97,7 +98,8 @@ def evaluate(
                 "'lightning_qat[openvino]' gives you one."
             )
         files = {_FILE_KEYS[name]: file for name, file in exported.items()}
-    with tempfile.TemporaryDirectory() as scratch:
+    # in the run's folder, from which it is cleared away even if this process is killed
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=PARTIAL) as scratch:
         stem = Path(scratch) / "model_fp32"
         fp32_files = export(models["fp32"], stem, description, images[:2], warnings, export_onnx)
         if uint8_input and files:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 
+from lightning_qat.atomic import PARTIAL
 from lightning_qat.deployment.description import KEY, Description
 
 
@@ -23,7 +24,7 @@ def save_openvino(proto: onnx.ModelProto, path: Path, description: Description) 
     import openvino
 
     weights = path.with_suffix(".bin")
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".openvino-") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".", suffix=PARTIAL) as folder:
         onnx_file, partial = Path(folder) / "model.onnx", Path(folder) / path.name
         onnx.save(_keep_every_rounding(proto), onnx_file)
         model = openvino.Core().read_model(onnx_file)
