@@ -5,12 +5,14 @@ skips the jobs after it. So a job's errors are caught inside the task, kept in a
 into a status here. In a multirun, ``report.sweep`` turns the files into the worst status.
 """
 
+import errno
 import functools
 import json
 import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_qat import processes, resume, search
+from lightning_qat import in_use, interrupt, processes, resume, search
 from lightning_qat.atomic import atomic_path
 from lightning_qat.errors import UserError
 from lightning_qat.overrides import as_typed
@@ -40,8 +42,12 @@ _EXTRAS = {
     "hydra/launcher/ray": "ray",
 }
 
+# The disk's own answers, which are no fault of the program.
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
 log = logging.getLogger(__name__)
 _status_is_ours = False
+_until_the_end = ExitStack()  # holds the lock of this command's folder
 
 
 class CommandCheck(Callback):
@@ -50,7 +56,8 @@ class CommandCheck(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """For a single run."""
         folder, overrides = config.hydra.run.dir, config.hydra.overrides.task
-        _check(processes.refused(config) or resume.refused_run(config), folder)
+        refused = processes.refused(config) or resume.refused_run(config)
+        _begin_in("hydra.run.dir", folder, refused)
         if config.resume and resume.is_finished(Path(folder), as_typed(overrides)):
             if not processes.rank():
                 print(f"{folder} is finished: nothing is left to do.")
@@ -62,16 +69,25 @@ class CommandCheck(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """For a multirun."""
         folder = config.hydra.sweep.dir
-        _check(processes.refused(config) or resume.refused_sweep(config), folder)
+        refused = processes.refused(config) or resume.refused_sweep(config)
+        _begin_in("hydra.sweep.dir", folder, refused)
         resume.record_sweep(config)
 
 
-def _check(message: str | None, folder: str) -> None:
+def _begin_in(argument: str, folder: str, message: str | None) -> None:
     if message is None:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
+            if not processes.is_watched() and not processes.rank():
+                _until_the_end.enter_context(in_use.alone_in(Path(folder)))
+                interrupt.resumable_with(argument, folder)
+        except UserError as error:
+            message = str(error)
         except OSError as error:
-            message = f"the output folder cannot be made: {error}. Set output_dir=FOLDER."
+            message = (
+                f"the output folder {folder} cannot be used: {error}. Free some space there, or "
+                "name another one with output_dir=FOLDER."
+            )
     if message is not None:
         processes.let_the_first_speak()
         print(message, file=sys.stderr)
@@ -97,32 +113,39 @@ def job(task: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], fl
         folder = Path(hydra.runtime.output_dir)
         failure = folder / FAILURE_FILE
         processes.begin()
+        own_folder = hydra.mode == RunMode.MULTIRUN  # else it is the command's
         if cfg.resume and resume.is_finished(folder, as_typed(hydra.overrides.task)):
             log.info("%s is finished: skipped", folder)
             return read_objective(folder)
         if not processes.rank():
             failure.unlink(missing_ok=True)
+        status = DONE
         try:
-            if search.is_one(hydra):
-                search.check(cfg)
-            if processes.wanted(cfg):
-                _run_in_processes(hydra, script, failure)
-                found = read_objective(folder)
-            else:
-                resume.prepare(cfg, hydra)
-                found = task(cfg)
+            with in_use.alone_in(folder) if own_folder else nullcontext():
+                if search.is_one(hydra):
+                    search.check(cfg)
+                if processes.wanted(cfg):
+                    _run_in_processes(hydra, script, failure)
+                    found = read_objective(folder)
+                else:
+                    resume.prepare(cfg, hydra)
+                    found = task(cfg)
         except Exception as error:
+            if interrupt.was_received():  # something has made another exception of it
+                raise KeyboardInterrupt from error
             processes.let_the_first_speak()
             if not failure.exists():  # else another process has failed, which says why
-                _tell(error, failure)
-        if failure.exists() and hydra.mode == RunMode.RUN:
-            end(json.loads(failure.read_text())["status"])
-        return search.WORST if failure.exists() and search.is_one(hydra) else found
+                status = _tell(error, failure)
+        if failure.exists():
+            status = json.loads(failure.read_text())["status"]
+        if status and hydra.mode == RunMode.RUN:
+            end(status)
+        return search.WORST if status and search.is_one(hydra) else found
 
     return guarded
 
 
-def _tell(error: Exception, failure: Path) -> None:
+def _tell(error: Exception, failure: Path) -> int:
     message = users_mistake(error)
     if message is None:
         status, message = OUR_FAULT, f"{type(error).__name__}: {error}"
@@ -131,8 +154,9 @@ def _tell(error: Exception, failure: Path) -> None:
         status = USERS_MISTAKE
         if not processes.is_watched():  # else the process that waits for all of them says it
             log.error("%s", message)
-    with atomic_path(failure) as partial:
+    with suppress(OSError), atomic_path(failure) as partial:  # a full disk has no room for it
         partial.write_text(json.dumps({"status": status, "message": message}) + "\n")
+    return status
 
 
 def _run_in_processes(hydra: HydraConf, script: Path, failure: Path) -> None:
@@ -151,13 +175,27 @@ def end(status: int) -> NoReturn:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call the function that ``hydra.main`` made, and give what Hydra refuses the status 2."""
+    """Call the function that ``hydra.main`` made.
+
+    Gives what Hydra refuses the status 2, and an interrupted command 128 + the signal's number.
+    """
     global _status_is_ours
     _status_is_ours = False
+    with interrupt.handled():
+        try:
+            with _until_the_end:
+                _run(main)
+        except (KeyboardInterrupt, SystemExit):
+            if not interrupt.was_received():
+                raise
+            sys.exit(interrupt.tell())
+
+
+def _run(main: Callable[[], None]) -> None:
     try:
         main()
     except SystemExit as exit_:
-        if exit_.code and not _status_is_ours:
+        if exit_.code and not _status_is_ours and not interrupt.was_received():
             # Hydra ends the process where it handles the exception, and names what it looked for
             extra = _EXTRAS.get(getattr(exit_.__context__, "missing_cfg_file", None) or "")
             if extra:
@@ -174,6 +212,12 @@ def users_mistake(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, UserError | OmegaConfBaseException):
             return str(error)
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            return (
+                f"{error.filename or 'a file of this run'} cannot be written: {error.strerror}. "
+                "Free some space there, or make it writable, and continue with resume=true and "
+                "hydra.run.dir=FOLDER; or name other places with output_dir=FOLDER, fp32_ckpt=FILE."
+            )
         if type(error).__name__ == "MisconfigurationException":  # Lightning's name for the same
             return (
                 f"Lightning refuses this configuration: {error} See `python train.py --cfg job` "

@@ -21,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_qat import processes
+from lightning_qat import in_use, processes
 from lightning_qat.atomic import atomic_path
 from lightning_qat.errors import UserError
 from lightning_qat.overrides import as_typed
@@ -45,12 +45,17 @@ Arguments = dict[str, str]
 def refused_run(config: DictConfig) -> str | None:
     """Why this single run cannot be resumed, and what to do."""
     message = _not_a_switch(config)
-    if message or processes.is_watched() or not config.resume:
+    if message or processes.is_watched():
         return message
+    folder = Path(config.hydra.run.dir)
+    if not processes.rank() and (in_use.is_in_use(folder) or in_use.is_in_use(folder.parent)):
+        return in_use.refusal(folder)
+    if not config.resume:
+        return _overwrites(config, folder)
     if _is_named_by_time(config.hydra.run):
         return _nowhere("hydra.run.dir=FOLDER", "run")
     try:
-        refuse_another_job(Path(config.hydra.run.dir), as_typed(config.hydra.overrides.task))
+        refuse_another_job(folder, as_typed(config.hydra.overrides.task))
     except UserError as error:
         return f"{error} Resume with the same arguments, or name another folder."
     return None
@@ -64,6 +69,8 @@ def refused_sweep(config: DictConfig) -> str | None:
         return message
     if config.resume and _is_named_by_time(config.hydra.sweep):
         return _nowhere("hydra.sweep.dir=FOLDER", "sweep")
+    if any(in_use.is_in_use(place) for place in (folder, *folder.glob("*/"))):
+        return in_use.refusal(folder)
     if not any(folder.glob("*/.hydra/hydra.yaml")):
         return None
     if not config.resume:
@@ -116,7 +123,7 @@ def prepare(cfg: DictConfig, hydra: HydraConf) -> None:
                     f"{error} Both are jobs of this sweep: put ${{hydra.job.num}} into "
                     "hydra.sweep.subdir, and name another folder with hydra.sweep.dir=FOLDER."
                 ) from error
-    elif cfg.ckpt_path is None:
+    else:  # also where it began from another's: its own is later
         last = folder / "checkpoints" / "last.ckpt"
         try:
             if _trained_with(last) == _arguments(overrides):
@@ -184,6 +191,25 @@ def _read(file: Path) -> dict[str, Any] | None:
         return json.loads(file.read_text())
     except (OSError, ValueError):
         return None
+
+
+def _overwrites(config: DictConfig, folder: Path) -> str | None:
+    """Why a run that does not resume must not begin here. A ptq that was broken off is no reason."""
+    done, now = _finished_with(folder), _arguments(as_typed(config.hydra.overrides.task))
+    checkpoints = folder / "checkpoints"
+    goes_on = config.ckpt_path and Path(str(config.ckpt_path)).parent.resolve() == (
+        checkpoints.resolve()
+    )
+    if done is not None and ((folder / "report.html").exists() or done != now):
+        what = "a run that is finished, whose results"
+    elif next(checkpoints.glob("*.ckpt"), None) and not goes_on:
+        what = "a run that was broken off, whose checkpoints"
+    else:
+        return None
+    return (
+        f"{folder} holds {what} this one would overwrite: add resume=true to continue it (with the "
+        "same arguments), or name another folder with hydra.run.dir=FOLDER."
+    )
 
 
 def _not_a_switch(config: DictConfig) -> str | None:

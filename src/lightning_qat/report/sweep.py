@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_qat import cli
+from lightning_qat.atomic import atomic_path
 from lightning_qat.errors import UserError, checked_float
 from lightning_qat.overrides import as_typed
 
@@ -53,7 +54,6 @@ class SweepReport(Callback):
         from lightning_qat.report.sweep_runs import read_runs
 
         folder = Path(config.hydra.sweep.dir)
-        status = cli.OUR_FAULT
         try:
             runs = read_runs(folder)
             if runs:
@@ -67,9 +67,13 @@ class SweepReport(Callback):
                     "and leave hydra.output_subdir as it is.",
                     folder,
                 )
-        except Exception:  # Hydra would turn it into a warning, and the status into 0
-            log.exception("the report of the sweep could not be made")
-            status = cli.OUR_FAULT
+        except Exception as error:  # Hydra would turn it into a warning, and the status into 0
+            if message := cli.users_mistake(error):
+                log.error("the report of the sweep could not be made: %s", message)
+                status = cli.USERS_MISTAKE
+            else:
+                log.exception("the report of the sweep could not be made")
+                status = cli.OUR_FAULT
         cli.end(status)
 
 
@@ -110,7 +114,7 @@ def _command(config: DictConfig) -> str:
 def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     first = [name for names in COLUMNS.values() for name in names]
     others = sorted({name for row in rows for name in row} - set(first))
-    with path.open("w", newline="") as file:
+    with atomic_path(path) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*first, *others])
         writer.writeheader()
         writer.writerows(rows)

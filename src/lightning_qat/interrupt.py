@@ -1,0 +1,60 @@
+"""Ctrl-C and SIGTERM: the command ends at once, keeps what is saved, and says how to go on."""
+
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_received: int | None = None
+_command: str | None = None
+
+
+@contextmanager
+def handled() -> Iterator[None]:
+    """While the block runs, both signals raise KeyboardInterrupt in it.
+
+    Lightning turns that into ``SystemExit(1)``, after it has put its own things in order.
+    """
+    global _received, _command
+    _received = _command = None
+    before = {number: signal.signal(number, _interrupt) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _received
+    _received = number
+    raise KeyboardInterrupt
+
+
+def was_received() -> bool:
+    """Whether the command has been interrupted, whatever became of the KeyboardInterrupt."""
+    return _received is not None
+
+
+def resumable_with(argument: str, folder: str) -> None:
+    """From now on, the command can be continued in this folder, which the argument names."""
+    global _command
+    given = (x for x in sys.argv[1:] if not x.lstrip("+").startswith((f"{argument}=", "resume=")))
+    if not re.fullmatch(r"[\w./:@%+-]+", folder, re.ASCII):  # what Hydra takes without quotes
+        folder = '"' + folder.replace("\\", r"\\").replace('"', r"\"") + '"'
+    _command = shlex.join(["python", sys.argv[0], *given, f"{argument}={folder}", "resume=true"])
+
+
+def tell() -> int:
+    """Say how to go on; gives the exit status."""
+    assert _received is not None
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # nothing is left to be interrupted
+    if _command:
+        name = "Ctrl-C" if _received == signal.SIGINT else signal.Signals(_received).name
+        print(f"\nInterrupted by {name}. This continues it:\n{_command}", file=sys.stderr)
+    return 128 + _received
