@@ -70,8 +70,13 @@ def save_weights(module: pl.LightningModule, trainer: pl.Trainer, path: Path) ->
 
 
 def _save(checkpoint: dict[str, Any], path: Path) -> None:
-    with path.open("wb") as file:  # given a path, torch hides what the disk answers
-        torch.save(checkpoint, file)
+    try:
+        with path.open("wb") as file:
+            torch.save(checkpoint, file)
+    except RuntimeError as error:  # torch's closing of the file, which fails where writing has
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 def load_weights(

@@ -194,7 +194,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _overwrites(config: DictConfig, folder: Path) -> str | None:
-    """Why a run that does not resume must not begin here. A ptq that was broken off is no reason."""
+    """Why a run that does not resume must not begin here; a ptq that was broken off may."""
     done, now = _finished_with(folder), _arguments(as_typed(config.hydra.overrides.task))
     checkpoints = folder / "checkpoints"
     goes_on = config.ckpt_path and Path(str(config.ckpt_path)).parent.resolve() == (

@@ -1,0 +1,67 @@
+"""Ctrl-C: what was saved stays, and the command that is printed ends as if nothing had happened."""
+
+import json
+import shlex
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.faults.commands import COMMAND_FOLLOWS, run, send, start, wait_for
+from tests.faults.phases import SECOND_EPOCH, Phase
+from tests.faults.states import assert_same, weights
+
+pytestmark = pytest.mark.slow
+
+Undisturbed = Callable[[str], tuple[Path, dict[str, float], list[str]]]
+
+
+def command_in(printed: str) -> list[str]:
+    """The arguments of the command that continues it."""
+    assert "Traceback" not in printed
+    python, script, *args = shlex.split(printed.split(COMMAND_FOLLOWS)[1])
+    assert (python, Path(script).name) == ("python", "train.py")
+    return [x for x in args if not x.startswith("output_dir=")]
+
+
+def test_a_run_ends_with_130_and_the_command_that_continues_it(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    expected, _, args = undisturbed("fp32")
+    out = tmp_path / "interrupted"
+    out.mkdir()
+    process = start([*args, f"hydra.run.dir={out}/run"], out)
+    assert wait_for(SECOND_EPOCH, out, process)
+    assert send(process, signal.SIGINT) == 130, process.printed()
+    assert not (out / "run" / ".lock").exists()
+    assert torch.load(out / "run" / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 0
+    continued = run(command_in(process.printed()), out)
+    assert "Restored all states" in continued.printed()
+    assert_same(out, expected)
+
+
+def test_a_sweep_stops_and_goes_on_where_it_was(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    expected, _, args = undisturbed("fp32")
+    out = tmp_path / "interrupted"
+    out.mkdir()
+    jobs = [
+        "data.batch_size=16,0",
+        f"hydra.sweep.dir={out}/a sweep",
+    ]  # the second one fails at once
+    process = start(["-m", *args, *jobs], out)
+    first = "a sweep/0-fp32-x86"
+    assert wait_for(Phase("second epoch", f"{first}/checkpoints/last.ckpt"), out, process)
+    assert send(process, signal.SIGINT) == 130, process.printed()
+    assert [path.name for path in (out / "a sweep").glob("*-fp32-*")] == ["0-fp32-x86"]
+    continued = start(command_in(process.printed()), out)
+    assert continued.wait() == 2
+    assert f"goes on from {out}/{first}/checkpoints/last.ckpt" in continued.printed()
+    failure = json.loads((out / "a sweep" / "1-fp32-x86" / "failure.json").read_text())
+    assert "batch_size=0" in failure["message"]
+    found, wanted = (
+        weights(folder / "checkpoints" / "last.ckpt") for folder in (out / first, expected / "run")
+    )
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert not list(out.rglob(".lock"))
