@@ -82,16 +82,23 @@ def test_no_room_for_the_weights_that_later_stages_start_from(
 
 
 @pytest.mark.parametrize(
-    ("megabytes", "more"),
-    [(5, ["export_onnx=false"]), (30, ["export_onnx=false"]), (13, []), (22, [])],
+    ("megabytes", "more", "file"),
+    [
+        (5, ["export_onnx=false"], "model_int8.ts"),
+        (30, ["export_onnx=false"], "model_fp32.ts"),
+        (13, [], "model_int8.onnx"),
+        (22, [], "model_int8.xml"),
+    ],
     ids=["torchscript", "what is measured", "onnx", "openvino"],
 )
 def test_no_room_for_the_exports(
-    megabytes: int, more: list[str], disk: Mount, train: Train, fp32_ckpt: Path
+    megabytes: int, more: list[str], file: str, disk: Mount, train: Train, fp32_ckpt: Path
 ) -> None:
     at = disk(f"size={megabytes}m")
     args = (*DIGITS, "stage=ptq", f"fp32_ckpt={fp32_ckpt}", f"output_dir={at}")
-    assert_full(train(*args, *more, f"hydra.run.dir={at}/run"), at)
+    ended = train(*args, *more, f"hydra.run.dir={at}/run")
+    assert_full(ended, at)
+    assert f"{file} cannot be written" in ended[1]
     assert not (at / "run" / "metrics.json").exists()
 
 

@@ -69,7 +69,7 @@ def moments() -> list[Moment]:
     rng = random.Random(int(os.environ.get("LIGHTNING_QAT_FAULT_SEED", "0")))
     signals = (signal.SIGKILL, signal.SIGTERM)
     return [
-        Moment(*STRATA[i % len(STRATA)], signals[rng.random() < 0.4], rng.random(), i % 4 == 1)
+        Moment(*STRATA[i % len(STRATA)], signals[i % 2], rng.random(), i % 4 == 2)
         for i in range(count)
     ]
 

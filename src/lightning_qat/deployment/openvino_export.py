@@ -1,7 +1,9 @@
 """OpenVINO IR, made from the ONNX graph; needs the extra ``openvino``."""
 
 import copy
+import errno
 import importlib.util
+import os
 import tempfile
 from pathlib import Path
 
@@ -29,7 +31,12 @@ def save_openvino(proto: onnx.ModelProto, path: Path, description: Description) 
         onnx.save(_keep_every_rounding(proto), onnx_file)
         model = openvino.Core().read_model(onnx_file)
         model.set_rt_info(description.to_json(), [KEY])
-        openvino.save_model(model, partial, compress_to_fp16=False)
+        try:
+            openvino.save_model(model, partial, compress_to_fp16=False)
+        except RuntimeError as error:
+            if "iostream error" in str(error):  # all that it says of a full disk
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+            raise
         path.unlink(missing_ok=True)  # an older one must not meet the new weights
         partial.with_suffix(".bin").replace(weights)
         partial.replace(path)
