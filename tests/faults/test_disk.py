@@ -82,19 +82,19 @@ def test_no_room_for_the_weights_that_later_stages_start_from(
 
 
 @pytest.mark.parametrize(
-    ("megabytes", "more", "file"),
+    ("size", "more", "file"),
     [
-        (5, ["export_onnx=false"], "model_int8.ts"),
-        (30, ["export_onnx=false"], "model_fp32.ts"),
-        (13, [], "model_int8.onnx"),
-        (22, [], "model_int8.xml"),
+        ("5m", ["export_onnx=false"], "model_int8.ts"),
+        ("30m", ["export_onnx=false"], "model_fp32.ts"),
+        ("12000k", [], "model_int8.onnx"),
+        ("15300k", [], "model_int8.xml"),
     ],
     ids=["torchscript", "what is measured", "onnx", "openvino"],
 )
 def test_no_room_for_the_exports(
-    megabytes: int, more: list[str], file: str, disk: Mount, train: Train, fp32_ckpt: Path
+    size: str, more: list[str], file: str, disk: Mount, train: Train, fp32_ckpt: Path
 ) -> None:
-    at = disk(f"size={megabytes}m")
+    at = disk(f"size={size}")
     args = (*DIGITS, "stage=ptq", f"fp32_ckpt={fp32_ckpt}", f"output_dir={at}")
     ended = train(*args, *more, f"hydra.run.dir={at}/run")
     assert_full(ended, at)
