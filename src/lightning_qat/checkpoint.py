@@ -16,6 +16,16 @@ from lightning_qat.in_use import exclusive
 
 log = logging.getLogger(__name__)
 
+# What Lightning needs of a checkpoint to continue a run.
+_OF_A_RUN: dict[str, type] = {
+    "pytorch-lightning_version": str,
+    "state_dict": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "loops": dict,
+    "callbacks": dict,
+}
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints beside their place, whole or not at all.
@@ -44,12 +54,38 @@ def best_weights(trainer: pl.Trainer, target: str) -> dict[str, Tensor] | None:
         best = getattr(callback, "best_model_path", "")
         if getattr(callback, "monitor", None) and best:
             try:
-                checkpoint = trainer.strategy.load_checkpoint(best, True)
-            except pickle.UnpicklingError:  # hyper-parameters that are no plain types
-                # this run has written the file itself
-                checkpoint = trainer.strategy.load_checkpoint(best, False)
+                with torch.serialization.safe_globals(_stand_ins(best)):
+                    checkpoint = trainer.strategy.load_checkpoint(best, weights_only=True)
+            except pickle.UnpicklingError as error:
+                raise UserError(
+                    f"the best checkpoint {best} cannot be read without executing what it holds: "
+                    f"{_first_lines(error)}\nWas it written by this run? Delete it and start again."
+                ) from error
             return _below(checkpoint["state_dict"], target)
     return None
+
+
+class _StandIn:
+    """What a checkpoint holds besides tensors and plain types: passed over, and never called."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _stand_ins(path: str) -> list[Any]:
+    """Of hyper-parameters that are no plain types, say.
+
+    Not even the run's own checkpoint may execute: a resumed run has its path from the file that it
+    was resumed from.
+    """
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # not a file on this machine, or a damaged one: loading it says which
+        return []
+    return [(type("_StandIn", (_StandIn,), {}), name) for name in names]
 
 
 def save_weights(module: pl.LightningModule, trainer: pl.Trainer, path: Path) -> None:
@@ -95,8 +131,8 @@ def load_weights(
     """
     checkpoint = read_checkpoint(path, hint)
     state = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds no weights; {hint}")
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError(f"{path} holds no weights by name; {hint}")
     if state is not checkpoint:
         _refuse_other_hparams(checkpoint.get("hyper_parameters", {}), hparams, path, hint)
         state = _below(state, target)
@@ -110,6 +146,11 @@ def load_weights(
             f"model, stem or class count): {_first_lines(error)}\nName the checkpoint that belongs "
             f"to it; {hint}"
         ) from error
+    if wrong := [name for name, x in net.state_dict().items() if not x.isfinite().all()]:
+        raise UserError(
+            f"{path} holds weights that are no finite numbers, in {wrong[0]} ({len(wrong)} tensors "
+            f"in all): its training had diverged. Name another checkpoint; {hint}"
+        )
     log.info("weights of %s", path)
 
 
@@ -142,18 +183,31 @@ def check_resumable(path: str) -> None:
         UserError: it is missing or damaged, or holds weights only.
     """
     hint = "name the checkpoints/last.ckpt of the run to continue."
-    if not {"state_dict", "optimizer_states", "loops"} <= set(read_checkpoint(path, hint)):
+    checkpoint = read_checkpoint(path, hint)
+    if not set(_OF_A_RUN) <= set(checkpoint):
         raise UserError(f"{path} holds weights but not the state of a run; {hint}")
+    for name, kind in _OF_A_RUN.items():
+        if not isinstance(checkpoint[name], kind) or not checkpoint[name]:
+            raise UserError(f"{path} is no checkpoint of a run: its {name} is damaged; {hint}")
+    tensors = {name: x for name, x in checkpoint["state_dict"].items() if isinstance(x, Tensor)}
+    if wrong := [name for name, x in tensors.items() if x.isnan().any()]:
+        raise UserError(
+            f"{path} holds weights that are no numbers, in {wrong[0]} ({len(wrong)} tensors in "
+            "all): its training had diverged. Start again, with a lower model.learning_rate."
+        )
 
 
 def _refuse_other_hparams(
     saved: dict[str, Any], hparams: dict[str, Any], path: str, hint: str
 ) -> None:
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} is no checkpoint: its hyper_parameters are damaged; {hint}")
     for name, value in hparams.items():
-        if name in saved and list(saved[name]) != list(value):
+        then = saved.get(name, value)
+        if not isinstance(then, list | tuple) or list(then) != list(value):
             raise UserError(
-                f"{path} was trained with {name}={list(saved[name])}, this run has "
-                f"{list(value)}: other data or another experiment. {hint}"
+                f"{path} was trained with {name}={then}, this run has {list(value)}: other data or "
+                f"another experiment. {hint}"
             )
 
 
