@@ -35,19 +35,19 @@ COLUMNS = {
     "ms": ["latency_ms.fp32_eager.p50", "latency_ms.int8_torchscript.p50"],
 }
 
+BUDGET = ("megabytes", "milliseconds")
+
 
 class SweepReport(Callback):
     """Reads what the jobs have left, whichever launcher ran them."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse a budget that is none before hours are spent."""
-        try:
-            for name, most in config.budget.items():
-                if most is not None:
-                    checked_float(f"budget.{name}", most, lowest=1e-6)
-        except UserError as error:
-            log.error("%s", error)
-            cli.end(cli.USERS_MISTAKE)
+        _check_budget(config)
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """A mistake in what a single run would pass over is one all the same."""
+        _check_budget(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write the report, and end with the worst status of the jobs."""
@@ -75,6 +75,21 @@ class SweepReport(Callback):
                 log.exception("the report of the sweep could not be made")
                 status = cli.OUR_FAULT
         cli.end(status)
+
+
+def _check_budget(config: DictConfig) -> None:
+    try:
+        if not isinstance(config.budget, DictConfig) or set(config.budget) != set(BUDGET):
+            raise UserError(
+                f"budget={config.budget} is not permitted: set budget.megabytes or "
+                "budget.milliseconds."
+            )
+        for name in BUDGET:
+            if config.budget[name] is not None:
+                checked_float(f"budget.{name}", config.budget[name], lowest=1e-6)
+    except UserError as error:
+        log.error("%s", error)
+        cli.end(cli.USERS_MISTAKE)
 
 
 def _report(runs: "list[Run]", folder: Path, config: DictConfig) -> int:
