@@ -20,6 +20,7 @@ from lightning_qat.deployment.onnx_export import save_onnx, to_onnx
 from lightning_qat.deployment.openvino_export import is_installed, save_openvino
 from lightning_qat.errors import UserError
 from lightning_qat.quantization.convert import Int8Model, quantised_engine
+from lightning_qat.targets import checked, named_in
 
 FILES = {"torchscript": ".ts", "onnx": ".onnx", "openvino": ".xml"}
 
@@ -56,7 +57,8 @@ def read(folder: Path) -> FinishedRun:
     """Compose what ``train.py`` composed, and load what it has left.
 
     Raises:
-        UserError: this is no such directory, or something that it needs is gone.
+        UserError: this is no such directory, something that it needs is gone, or its configuration
+            names what conf/ does not.
     """
     settings = folder / ".hydra"
     if not (folder / "model_int8.ts").is_file() or not (settings / "config.yaml").is_file():
@@ -64,15 +66,18 @@ def read(folder: Path) -> FinishedRun:
             f"{folder} is no finished run of stage=qat or stage=ptq: name a directory that holds "
             ".hydra/config.yaml and model_int8.ts, as train.py leaves it."
         )
+    known = named_in(Path(__file__).parents[1] / "conf")
     hydra = OmegaConf.load(settings / "hydra.yaml").hydra
     OmegaConf.register_new_resolver("hydra", lambda key: OmegaConf.select(hydra, key), replace=True)
     cfg: Any = OmegaConf.load(settings / "config.yaml")
     cfg.fp32_ckpt = str(Path(hydra.runtime.cwd) / cfg.fp32_ckpt)  # may be relative to that
-    datamodule = instantiate(cfg.data, _convert_="all")
+    file = settings / "config.yaml"
+    data, model = checked(cfg.data, known, file), checked(cfg.model, known, file)
+    datamodule = instantiate(data, _convert_="all")
 
     def fresh_module() -> Any:
         return instantiate(
-            cfg.model,
+            model,
             num_classes=datamodule.num_classes,
             mean=datamodule.mean,
             std=datamodule.std,
@@ -83,7 +88,7 @@ def read(folder: Path) -> FinishedRun:
     trained = next(filter(Path.is_file, checkpoints), None)
     fake_quant = int8 = None
     if trained is not None:
-        callback = instantiate(cfg.callbacks.result)
+        callback = instantiate(checked(cfg.callbacks.result, known, file))
         callback.load(fresh_module(), trained)
         fake_quant, int8 = callback.networks["fake_quant"], callback.int8_model
     return FinishedRun(

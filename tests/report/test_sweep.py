@@ -102,7 +102,7 @@ def test_a_file_that_cannot_be_loaded_costs_its_latency_only(
 def test_a_fault_in_the_timing_does_not_cost_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_: object) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("no")
 
     monkeypatch.setattr("lightning_qat.report.sweep_latency.measure", fail)

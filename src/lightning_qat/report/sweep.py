@@ -103,10 +103,14 @@ def _report(runs: "list[Run]", folder: Path, config: DictConfig) -> int:
     from lightning_qat.report.sweep_configurations import configurations
     from lightning_qat.report.sweep_latency import measure
     from lightning_qat.report.sweep_page import FILE_NAME, write_sweep_page
+    from lightning_qat.targets import named_by
 
     found = configurations(runs)
     try:
-        measure(candidates(found)[0])
+        measure(candidates(found)[0], named_by(config))
+    except UserError as error:
+        log.error("the latencies were not measured: %s", error)
+        status = cli.USERS_MISTAKE
     except Exception:  # hours of training have found more than this
         log.exception("the latencies could not be measured: the report goes without")
         status = cli.OUR_FAULT

@@ -1,7 +1,7 @@
 """Latency of all configurations of a sweep, measured after its jobs so that nothing disturbs it."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from hydra.utils import instantiate
@@ -14,6 +14,7 @@ from lightning_qat.deployment.latency import measure_latency
 from lightning_qat.deployment.runtimes import Runtime, load
 from lightning_qat.errors import UserError
 from lightning_qat.report.sweep_configurations import Configuration, Latency
+from lightning_qat.targets import checked
 
 log = logging.getLogger(__name__)
 
@@ -23,12 +24,18 @@ SECONDS_EACH = 5.0
 MOST_SECONDS = 120.0  # of them all; measure_latency takes its least rounds in any case
 
 
-def measure(configurations: Sequence[Configuration]) -> None:
+def measure(configurations: Sequence[Configuration], known_targets: Collection[str]) -> None:
     """Set ``latency`` of each, from the files of its first run.
 
     In groups of ``TOGETHER``, each interleaved with the FP32 network of the first configuration in
     eager, with random weights: latency does not depend on them. A file that cannot be loaded is
     left out, with a warning.
+
+    Args:
+        known_targets: what a job's configuration may name as its network.
+
+    Raises:
+        UserError: it names something else.
     """
     if not configurations:
         return
@@ -49,7 +56,8 @@ def measure(configurations: Sequence[Configuration]) -> None:
             if runtimes:
                 if eager is None:
                     first = next(number for number, files in loaded.items() if files)
-                    eager = _fp32(group[first], next(iter(loaded[first].values())))
+                    file = next(iter(loaded[first].values()))
+                    eager = _fp32(group[first], file, known_targets)
                 times = measure_latency(
                     {"fp32_eager": eager} | runtimes,
                     torch.empty(0),  # each has its own
@@ -73,11 +81,14 @@ def _load(configuration: Configuration) -> dict[str, Runtime]:
     return loaded
 
 
-def _fp32(configuration: Configuration, file: Runtime) -> Callable[[Tensor], Tensor]:
+def _fp32(
+    configuration: Configuration, file: Runtime, known_targets: Collection[str]
+) -> Callable[[Tensor], Tensor]:
     """The network that ``file`` was quantised from, but for its weights."""
-    config = OmegaConf.load(configuration.folder / ".hydra" / "config.yaml")
+    path = configuration.folder / ".hydra" / "config.yaml"
     described = file.description
-    net = instantiate(config.model.net)(len(described.classes))
+    config = checked(OmegaConf.load(path).model.net, known_targets, path)
+    net = instantiate(config)(len(described.classes))
     return _on_its_image(DeployedModel(net, described.mean, described.std), described.image_size)
 
 
