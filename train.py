@@ -24,7 +24,7 @@ def main(cfg: DictConfig) -> float | None:
 
     from lightning_qat.checkpoint import check_resumable
     from lightning_qat.deployment.evaluate import evaluate
-    from lightning_qat.errors import checked_bool, checked_float, checked_int
+    from lightning_qat.errors import UserError, checked_bool, checked_float, checked_int
     from lightning_qat.report.environment import environment, peak_memory
     from lightning_qat.report.intervals import difference
     from lightning_qat.report.layers import write_layers_csv
@@ -35,8 +35,13 @@ def main(cfg: DictConfig) -> float | None:
     runtime = HydraConfig.get().runtime
     choices, folder = runtime.choices, Path(runtime.output_dir)
     checked_int("trainer.max_epochs", cfg.trainer.max_epochs, lowest=1)
+    checked_int("trainer.log_every_n_steps", cfg.trainer.log_every_n_steps, lowest=0)
+    checked_bool("trainer.deterministic", cfg.trainer.deterministic)
+    if cfg.trainer.limit_train_batches == 0:
+        raise UserError("trainer.limit_train_batches=0 trains nothing: raise it, or use null.")
     latency_seconds = checked_float("latency_seconds", cfg.latency_seconds, lowest=0)
     export_onnx = checked_bool("export_onnx", cfg.export_onnx)
+    uint8_input = checked_bool("uint8_input", cfg.uint8_input)
     datamodule = instantiate(cfg.data, _convert_="all")
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     module = instantiate(
@@ -73,7 +78,7 @@ def main(cfg: DictConfig) -> float | None:
     }
     networks = callbacks["result"].networks
     figures, evidence = evaluate(
-        networks, datamodule, folder, run, cfg.uint8_input, latency_seconds, export_onnx
+        networks, datamodule, folder, run, uint8_input, latency_seconds, export_onnx
     )
     metrics = run | figures | difference(evidence) | {"peak_bytes": peak_memory()}
     write_metrics(metrics, folder)

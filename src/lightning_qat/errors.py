@@ -1,5 +1,6 @@
 """The one exception that means: the user can put this right. And the checks that most need it."""
 
+import math
 from typing import Any
 
 
@@ -24,15 +25,17 @@ def checked_int(name: str, value: Any, lowest: int, highest: int | None = None) 
     return value
 
 
-def checked_float(name: str, value: Any, lowest: float) -> float:
+def checked_float(name: str, value: Any, lowest: float, highest: float | None = None) -> float:
     """`value` itself.
 
     Raises:
-        UserError: it is no number, or less than `lowest`.
+        UserError: it is no finite number, or out of its range.
     """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     # not `value < lowest`: a NaN must fail as well
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value >= lowest:
-        raise UserError(f"{name}={value!r} is not permitted: set it to a number >= {lowest}.")
+    if not is_number or not lowest <= value < math.inf or (highest is not None and value > highest):
+        limits = f">= {lowest}" if highest is None else f"from {lowest} to {highest}"
+        raise UserError(f"{name}={value!r} is not permitted: set it to a number {limits}.")
     return float(value)
 
 

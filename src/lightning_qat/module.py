@@ -12,7 +12,7 @@ from torch.ao import quantization as tq
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_qat.checkpoint import load_weights
-from lightning_qat.errors import UserError, checked_bool, checked_float
+from lightning_qat.errors import UserError, checked_bool, checked_float, checked_int
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 LOSS_CHECK_EVERY = 50  # steps: looking at the loss makes a GPU wait
@@ -74,15 +74,13 @@ class ImageClassifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         checked_float("model.learning_rate", learning_rate, lowest=0)
-        checked_float("model.momentum", momentum, lowest=0)
+        checked_float("model.momentum", momentum, lowest=0, highest=1)
         checked_float("model.weight_decay", weight_decay, lowest=0)
         checked_bool("model.decay_all", decay_all)
         checked_bool("distill", distill)
         if scale_learning_rate is not None:
             checked_float("model.scale_learning_rate", scale_learning_rate, lowest=0)
-        checked_float("model.label_smoothing", label_smoothing, lowest=0)
-        if label_smoothing > 1:
-            raise UserError(f"model.label_smoothing={label_smoothing}: set it to 0 to 1.")
+        checked_float("model.label_smoothing", label_smoothing, lowest=0, highest=1)
         if compile not in (None, *COMPILE_MODES):
             raise UserError(
                 f"model.compile={compile!r} does not exist: set it to null or to a mode of "
@@ -92,6 +90,8 @@ class ImageClassifier(pl.LightningModule):
             raise UserError("model.nesterov=true needs a momentum: set model.momentum above 0.")
         if milestones is not None and not isinstance(milestones, Sequence):
             raise UserError(f"model.milestones={milestones!r}: set it to a list, such as [10,15].")
+        for index, epoch in enumerate(milestones or ()):
+            checked_int(f"model.milestones[{index}]", epoch, lowest=1)
         self.save_hyperparameters(
             ignore=["net", "weights", "weights_hint", "starts_trained", "distill", "compile"]
         )

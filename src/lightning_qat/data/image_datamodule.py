@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_qat.data.augment import Augmentation, Flip, PaddingMode, derived_seed
-from lightning_qat.errors import UserError, checked_int
+from lightning_qat.errors import UserError, checked_float, checked_int
 
 EVAL_BATCH_SIZE = 250  # without gradients, larger batches fit
+
+LARGEST_IMAGE = 2**13  # pixels: of larger ones, not even one batch fits into memory
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -40,6 +42,18 @@ class ImageSubset(Dataset[Batch]):
         """Images uint8 N x H x W x 3, labels int64 N, and their indices int64 N in the set."""
         indices = self.indices[positions]
         return self.data.images[indices], self.data.labels[indices], indices
+
+
+def _of_channels(name: str, values: Any, lowest: float) -> tuple[float, ...]:
+    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != 3:
+        raise UserError(
+            f"{name}={values!r} is not permitted: mean and std need three values each, for red, "
+            "green and blue."
+        )
+    return tuple(
+        checked_float(f"{name}[{channel}], of images in [0, 1],", value, lowest, highest=1)
+        for channel, value in enumerate(values)
+    )
 
 
 def _as_fetched(batch: Any) -> Any:
@@ -94,11 +108,11 @@ class ImageDataModule(pl.LightningDataModule):
         super().__init__()
         self.class_names = list(class_names)
         self.num_classes = len(self.class_names)
-        self.image_size = checked_int("image_size", image_size, lowest=1)
+        self.image_size = checked_int("image_size", image_size, lowest=1, highest=LARGEST_IMAGE)
         self.batch_size = checked_int("batch_size", batch_size, lowest=1)
         self.val_size = checked_int("val_size", val_size, lowest=0)
         self.seed = checked_int("seed", seed, lowest=0, highest=2**32 - 1)
-        self.crop_padding = checked_int("crop_padding", crop_padding, lowest=0)
+        self.crop_padding = checked_int("crop_padding", crop_padding, lowest=0, highest=image_size)
         if padding_mode not in ("reflect", "constant"):
             raise UserError(
                 f"padding_mode={padding_mode!r} does not exist: set it to 'reflect' or 'constant'."
@@ -110,12 +124,9 @@ class ImageDataModule(pl.LightningDataModule):
             )
         self.flip: Flip = flip
         self.cutout = checked_int("cutout", cutout, lowest=0, highest=image_size)
-        self.mean = tuple(float(value) for value in mean)
-        self.std = tuple(float(value) for value in std)
-        if len(self.mean) != 3 or len(self.std) != 3:
-            raise UserError("mean and std need three values each, for red, green and blue.")
-        if not all(0 <= value <= 1 for value in self.mean):
-            raise UserError(f"mean={list(self.mean)}: it is of images in [0, 1], not of bytes.")
+        # a mean of bytes, not of images in [0, 1], is above 1
+        self.mean = _of_channels("mean", mean, lowest=0)
+        self.std = _of_channels("std", std, lowest=1e-6)
         self._is_loaded = False
 
     @abstractmethod
