@@ -81,15 +81,16 @@ def test_a_file_of_a_test_image_gets_the_logits_of_the_test_image(
 
 def test_images_are_prepared_as_the_folder_data_are(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    for name in ("train/a/0.png", "test/a/0.png"):
+    for name in ("train/a/0.png", "test/a/0.png", "train/b/0.png", "test/b/0.png"):
         (tmp_path / name).parent.mkdir(parents=True)
         pixels = rng.integers(0, 256, (37, 61, 4), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / name)
     datamodule = FolderDataModule(tmp_path, image_size=16)
     datamodule.setup("test")
     images, _ = datamodule.on_after_batch_transfer(next(iter(datamodule.test_dataloader())), 0)
-    same = predict.load_image(tmp_path / "test/a/0.png", description(image_size=16, max_value=255))
-    assert torch.equal(images, same)
+    for image, name in zip(images, ("test/a/0.png", "test/b/0.png"), strict=True):
+        same = predict.load_image(tmp_path / name, description(image_size=16, max_value=255))
+        assert torch.equal(image, same[0])
 
 
 def test_the_good_images_are_classified_and_the_bad_ones_named(

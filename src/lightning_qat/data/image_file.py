@@ -1,5 +1,6 @@
 """Image files of any kind become what networks are trained on: small squares of RGB."""
 
+import errno
 import warnings
 from pathlib import Path
 
@@ -8,6 +9,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.functional import center_crop, resize
 
 from lightning_qat.errors import UserError
+
+PROGRAMS = ("EPS",)
+"""Formats that Pillow hands to an interpreter."""
 
 MOST_PIXELS = 2**26  # of a resized image before it is cut: 200 MB
 
@@ -23,7 +27,7 @@ def read_image(path: str | Path, size: int) -> Image.Image:
     """
     try:
         # Pillow warns about files that it reads all the same
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as file:
+        with warnings.catch_warnings(action="ignore"), _opened(Path(path)) as file:
             image = _rgb(ImageOps.exif_transpose(file), file.format)
         # what the short side grows by, the long one grows by too
         if size**2 * max(image.size) / min(image.size) > MOST_PIXELS:
@@ -32,6 +36,13 @@ def read_image(path: str | Path, size: int) -> Image.Image:
         return square
     except Exception as error:  # a damaged image makes Pillow raise nearly anything
         raise UserError(f"{path} {_what_is_wrong(error)}") from error
+
+
+def _opened(path: Path) -> Image.Image:
+    if path.exists() and not path.is_file() and not path.is_dir():  # reading may never end
+        raise OSError(errno.EINVAL, "It is a pipe or a device, not a file")
+    Image.init()
+    return Image.open(path, formats=[name for name in Image.OPEN if name not in PROGRAMS])
 
 
 def _rgb(image: Image.Image, format_: str | None) -> Image.Image:
