@@ -73,7 +73,7 @@ def _classify_all(runtime: "Runtime", paths: list[str]) -> int:
         try:
             image = load_image(path, runtime.description)
         except UserError as error:
-            print(error, file=sys.stderr)
+            print(_printable(str(error)), file=sys.stderr)
             status = USERS_MISTAKE
             continue
         shares, indices = _probabilities(runtime, image).topk(min(SHOWN, len(classes)))

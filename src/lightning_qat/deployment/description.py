@@ -69,7 +69,10 @@ class Description:
         """What images are made by, and classes named by, has to make sense."""
         if not (
             self.classes
+            and isinstance(self.classes, list)
             and all(isinstance(name, str) for name in self.classes)
+            and isinstance(self.image_size, int)
+            and isinstance(self.max_value, int)
             and self.image_size >= 1
             and 1 <= self.max_value <= 255
             and self.input in (UNIT, PIXELS)

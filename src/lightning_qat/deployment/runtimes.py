@@ -12,6 +12,8 @@ from lightning_qat.deployment.description import KEY, Description
 from lightning_qat.errors import UserError
 from lightning_qat.quantization.convert import quantised_engine
 
+LONGEST_DESCRIPTION = 2**24  # bytes: a few kilobytes of a zip archive may stand for gigabytes
+
 
 class Runtime(Protocol):
     """A loaded file.
@@ -149,7 +151,8 @@ def _extra_file(path: Path) -> str | None:
     """The description in a TorchScript file, which is a zip archive, before it is unpacked."""
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
-            if name.endswith(f"/extra/{KEY}.json"):
+            size = archive.getinfo(name).file_size
+            if name.endswith(f"/extra/{KEY}.json") and size <= LONGEST_DESCRIPTION:
                 return archive.read(name).decode()
     return None
 
