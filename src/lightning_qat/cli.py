@@ -226,6 +226,8 @@ def users_mistake(error: BaseException | None) -> str | None:
         if isinstance(error, InstantiationException):
             if "unexpected keyword" in str(error):
                 return f"an override names something that does not exist: {error}"
+            if "__init__() missing" in str(error):
+                return f"an override takes away something that is needed: {error}"
             if "full_key: trainer" in str(error) and not isinstance(error.__cause__, UserError):
                 return (
                     f"Lightning refuses a value of trainer.*: {error}\ntrainer=auto takes what "

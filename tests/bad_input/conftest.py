@@ -1,0 +1,40 @@
+"""What all bad inputs have in common: status 2, one message that says it, nothing changed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Train
+
+Refused = Callable[..., str]
+QUICK = ("data=digits", "trainer=cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=1")
+
+
+def state(folder: Path) -> dict[Path, tuple[int, int, int]]:
+    """Which files there are and when each was written, but for the logs of failed runs."""
+    stats = {
+        path: path.lstat()
+        for path in folder.rglob("*")
+        if not path.is_dir() and "runs" not in path.relative_to(folder).parts
+    }
+    return {path: (x.st_ino, x.st_size, x.st_mtime_ns) for path, x in stats.items()}
+
+
+@pytest.fixture
+def refused(train: Train, tmp_path: Path) -> Refused:
+    """Run train.py with what it has to refuse; gives what it printed."""
+
+    def check(*args: str, words: list[str], unchanged: Path = tmp_path) -> str:
+        before = state(unchanged)
+        status, printed = train(*args)
+        assert status == 2, printed
+        assert "Traceback" not in printed
+        for word in words:
+            assert word in printed.replace("\n", " "), printed
+        new = {path for path in state(unchanged) if path not in before}
+        assert {path: x for path, x in state(unchanged).items() if path not in new} == before
+        assert not [path for path in new if "multiruns" not in path.parts], new
+        return printed
+
+    return check

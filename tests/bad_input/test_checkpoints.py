@@ -1,0 +1,228 @@
+"""Checkpoints that are damaged, hostile or of something else are named; nothing in them runs."""
+
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_qat.network import resnet18
+from tests.bad_input.conftest import QUICK, Refused
+from tests.conftest import Road
+
+pytestmark = pytest.mark.slow
+
+Make = Callable[[Path, Path], Any]
+
+
+class Hostile:
+    """Its pickle makes a file when it is read."""
+
+    def __init__(self, trap: Path) -> None:
+        self.trap = trap
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trap),)
+
+
+def changed(change: Callable[[dict[str, Any]], Any]) -> Make:
+    """The whole checkpoint with something in it changed."""
+
+    def make(file: Path, whole: Path) -> None:
+        checkpoint = torch.load(whole, weights_only=True)
+        change(checkpoint)
+        torch.save(checkpoint, file)
+
+    return make
+
+
+def other_classes(checkpoint: dict[str, Any]) -> None:
+    checkpoint["state_dict"]["net.fc.weight"] = torch.zeros(7, 512)
+    checkpoint["state_dict"]["net.fc.bias"] = torch.zeros(7)
+
+
+def text_in_a_zip(file: Path, whole: Path) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("readme.txt", "no checkpoint")
+
+
+def torchscript(file: Path, whole: Path) -> None:
+    torch.jit.script(torch.nn.ReLU()).save(file)
+
+
+def bare_pickle(file: Path, whole: Path) -> None:
+    file.write_bytes(pickle.dumps(Hostile(file.with_name("sprung"))))
+
+
+def zipped_pickle(file: Path, whole: Path) -> None:
+    torch.save({"state_dict": Hostile(file.with_name("sprung"))}, file)
+
+
+# what is bad: how it is made of a whole one, and what the message has to say beside its name
+DAMAGED: dict[str, tuple[Make, str]] = {
+    "truncated": (
+        lambda file, whole: file.write_bytes(whole.read_bytes()[:-999]),
+        "cannot be read",
+    ),
+    "one half": (lambda file, whole: file.write_bytes(whole.read_bytes()[:9999]), "cannot be read"),
+    "text": (lambda file, whole: file.write_text("weights"), "cannot be read"),
+    "empty": (lambda file, whole: file.touch(), "cannot be read"),
+    "text in a zip": (text_in_a_zip, "cannot be read"),
+    "TorchScript": (torchscript, "cannot be read"),
+    "pickle with code": (bare_pickle, "cannot be read"),
+    "checkpoint with code": (zipped_pickle, "cannot be read"),
+    "tensor": (lambda file, whole: torch.save(torch.zeros(3), file), "holds a Tensor"),
+    "directory": (lambda file, whole: file.mkdir(), "there is no checkpoint"),
+    "dangling link": (lambda file, whole: file.symlink_to("nowhere"), "there is no checkpoint"),
+    "pipe": (lambda file, whole: os.mkfifo(file), "there is no checkpoint"),
+    "NaN": (
+        changed(lambda x: x["state_dict"]["net.conv1.weight"].fill_(float("nan"))),
+        "in net.conv1.weight|in conv1.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("option", ["fp32_ckpt", "ckpt_path", "model.weights"])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_checkpoint(
+    option: str, name: str, refused: Refused, road: Road, tmp_path: Path
+) -> None:
+    make, words = DAMAGED[name]
+    whole = road.job("fp32") / "checkpoints" / "last.ckpt"
+    make(tmp_path / "damaged.ckpt", whole if option == "ckpt_path" else road.fp32_ckpt)
+    stage = "stage=qat" if option == "fp32_ckpt" else "stage=fp32"
+    printed = refused(*QUICK, stage, f"{option}={tmp_path}/damaged.ckpt", words=["damaged.ckpt"])
+    assert any(word in printed.replace("\n", " ") for word in words.split("|")), printed
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_the_hostile_checkpoints_are_hostile(tmp_path: Path) -> None:
+    bare_pickle(tmp_path / "bare", tmp_path)
+    pickle.loads((tmp_path / "bare").read_bytes())
+    (tmp_path / "sprung").rmdir()
+    zipped_pickle(tmp_path / "zipped", tmp_path)
+    torch.load(io.BytesIO((tmp_path / "zipped").read_bytes()), weights_only=False)
+    assert (tmp_path / "sprung").exists()
+
+
+# of a checkpoint that can be read: what is wrong with it, and the words of the message
+OTHER: dict[str, tuple[Make, list[str], list[str]]] = {
+    "classes": (changed(other_classes), [], ["another", "size mismatch"]),
+    "stem": (changed(lambda x: None), ["model=resnet18_imagenet_stem"], ["another", "mismatch"]),
+    "data": (changed(lambda x: None), ["+data.mean=[0.1,0.2,0.3]"], ["was trained with mean"]),
+    "mean that is none": (
+        changed(lambda x: x["hyper_parameters"].update(mean=5)),
+        [],
+        ["was trained with mean=5"],
+    ),
+    "hyper-parameters that are none": (
+        changed(lambda x: x.update(hyper_parameters=[1])),
+        [],
+        ["hyper_parameters are damaged"],
+    ),
+    "weights without names": (
+        lambda file, whole: torch.save({1: torch.zeros(2)}, file),
+        [],
+        ["holds no weights by name"],
+    ),
+    "weights that are a list": (
+        changed(lambda x: x.update(state_dict=[1])),
+        [],
+        ["holds no weights by name"],
+    ),
+    "words for weights": (
+        changed(lambda x: x["state_dict"].update({"net.fc.bias": "none"})),
+        [],
+        ["another network"],
+    ),
+    "one layer less": (changed(lambda x: x["state_dict"].pop("net.fc.bias")), [], ["Missing key"]),
+    "published weights of other classes": (
+        lambda file, whole: torch.save(resnet18(num_classes=7).state_dict(), file),
+        [],
+        ["class count"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_checkpoint_of_another_network(
+    name: str, refused: Refused, road: Road, tmp_path: Path
+) -> None:
+    make, args, words = OTHER[name]
+    make(tmp_path / "other.ckpt", road.fp32_ckpt)
+    refused(
+        *(*QUICK, "stage=qat", f"fp32_ckpt={tmp_path}/other.ckpt", *args),
+        words=["other.ckpt", *words],
+    )
+
+
+# of a run that cannot be continued: the stage it was of, how it is changed, arguments, words
+RUNS: dict[str, tuple[str, Make, list[str], list[str]]] = {
+    "another stage": ("fp32", changed(lambda x: None), ["stage=qat"], ["another"]),
+    "another length": (
+        "fp32",
+        changed(lambda x: None),
+        ["trainer.max_epochs=20"],
+        ["the same trainer.max_epochs"],
+    ),
+    "another network": (
+        "fp32",
+        changed(lambda x: None),
+        ["model=resnet18_imagenet_stem"],
+        ["another run"],
+    ),
+    "another qconfig": (
+        "qat",
+        changed(lambda x: None),
+        ["stage=qat", "qconfig=per_tensor_symmetric"],
+        ["another"],
+    ),
+    "fewer bits": (
+        "qat",
+        changed(lambda x: None),
+        ["stage=qat", "qconfig=w4a4"],
+        ["another"],
+    ),
+    "no optimizer": (
+        "fp32",
+        changed(lambda x: x.pop("optimizer_states")),
+        [],
+        ["not the state of a run"],
+    ),
+    "empty optimizers": (
+        "fp32",
+        changed(lambda x: x.update(optimizer_states=[])),
+        [],
+        ["optimizer_states is damaged"],
+    ),
+    "loops that are none": (
+        "fp32",
+        changed(lambda x: x.update(loops={})),
+        [],
+        ["loops is damaged"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_run_that_cannot_be_continued(
+    name: str, refused: Refused, road: Road, tmp_path: Path
+) -> None:
+    stage, make, args, words = RUNS[name]
+    make(tmp_path / "run.ckpt", road.job(stage) / "checkpoints" / "last.ckpt")
+    refused(
+        *("data=digits", "trainer=cpu", f"ckpt_path={tmp_path}/run.ckpt"),
+        *(f"fp32_ckpt={road.fp32_ckpt}" if "stage=qat" in args else f"fp32_ckpt={tmp_path}/x",),
+        *args,
+        words=words,
+    )
+
+
+def test_weights_alone_are_no_run(refused: Refused, road: Road) -> None:
+    words = ["not the state of a run"]
+    refused("data=digits", f"ckpt_path={road.fp32_ckpt}", words=words, unchanged=road.output_dir)
