@@ -180,13 +180,13 @@ RUNS: dict[str, tuple[str, Make, list[str], list[str]]] = {
         "qat",
         changed(lambda x: None),
         ["stage=qat", "qconfig=per_tensor_symmetric"],
-        ["another"],
+        ["trained with {'qconfig': 'x86'"],
     ),
     "fewer bits": (
         "qat",
         changed(lambda x: None),
         ["stage=qat", "qconfig=w4a4"],
-        ["another"],
+        ["trained with {'qconfig': 'x86'"],
     ),
     "no optimizer": (
         "fp32",
