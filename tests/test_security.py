@@ -190,7 +190,7 @@ def test_a_report_makes_nothing_of_the_configuration_of_a_job(
     job = add_job(sweep, "qconfig=x86")
     shutil.copy(exported["ts"], job / "model_int8.ts")
     file = job / ".hydra" / "config.yaml"
-    config = OmegaConf.load(file)
+    config: Any = OmegaConf.load(file)
     plain = hostile(trap)
     config["evil"] = plain
     config["model"]["net"] = {

@@ -198,9 +198,9 @@ def test_the_command_line_says_so_too(train: Train, tmp_path: Path) -> None:
     assert archive.read_bytes() == b"not an archive"
 
 
-def image(path: Path, *size: int) -> Path:
+def image(path: Path, width: int = 8, height: int = 8) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size or (8, 8), "red").save(path)
+    Image.new("RGB", (width, height), "red").save(path)
     return path
 
 
@@ -229,6 +229,7 @@ def only_text_files(root: Path) -> None:
     (root / "train" / "a" / "0.png").rename(root / "train" / "a" / "0.txt")
 
 
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 FOLDER: dict[str, tuple[Callable[[Path], object], str]] = {
     "no classes": (without_classes, r"train holds no class folders.*root/train/<class>/"),
     "one class": (one_class, r"one class only, a.*root/train/<class>/"),
@@ -245,7 +246,6 @@ FOLDER: dict[str, tuple[Callable[[Path], object], str]] = {
     "strip": (strip, "1.png cannot be decoded.*too long a strip"),
     "program": (lambda r: (r / "train/a/1.png").write_bytes(POSTSCRIPT), "1.png is no image"),
 }
-POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 
 
 @pytest.mark.parametrize("name", FOLDER)
