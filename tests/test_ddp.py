@@ -39,6 +39,7 @@ QUICK = (
 
 OF_AN_FP32_RUN = {
     ".hydra",
+    ".lock",
     "checkpoints/best.ckpt",
     "checkpoints/last.ckpt",
     "csv/hparams.yaml",

@@ -1,7 +1,7 @@
 """One process at a time in a folder: locks that end with their process, even where it is killed."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from lightning_qat.atomic import remove_partials
@@ -14,7 +14,7 @@ _ROOM = 1 << 16  # bytes that Hydra writes before a job begins, with a traceback
 
 @contextmanager
 def exclusive(lock_file: Path, timeout: float = -1) -> Iterator[None]:
-    """Hold the lock of this file, which is there only so long.
+    """Hold the lock of this file, which stays: who waits for it would hold a removed one's.
 
     Raises:
         filelock.Timeout: another process has held it for ``timeout`` seconds; -1 waits for ever.
@@ -22,11 +22,7 @@ def exclusive(lock_file: Path, timeout: float = -1) -> Iterator[None]:
     from filelock import FileLock  # --help shall not wait for it
 
     with FileLock(lock_file).acquire(timeout=timeout):
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # Windows removes no open file
-                lock_file.unlink(missing_ok=True)
+        yield
 
 
 @contextmanager

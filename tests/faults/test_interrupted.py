@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_qat.in_use import is_in_use
 from tests.faults.commands import COMMAND_FOLLOWS, run, send, start, wait_for
 from tests.faults.phases import SECOND_EPOCH, Phase
 from tests.faults.states import assert_same, weights
@@ -35,7 +36,7 @@ def test_a_run_ends_with_130_and_the_command_that_continues_it(
     process = start([*args, f"hydra.run.dir={out}/run"], out)
     assert wait_for(SECOND_EPOCH, out, process)
     assert send(process, signal.SIGINT) == 130, process.printed()
-    assert not (out / "run" / ".lock").exists()
+    assert not is_in_use(out / "run")
     assert torch.load(out / "run" / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 0
     continued = run(command_in(process.printed()), out)
     assert "Restored all states" in continued.printed()
@@ -64,4 +65,5 @@ def test_a_sweep_stops_and_goes_on_where_it_was(undisturbed: Undisturbed, tmp_pa
         weights(folder / "checkpoints" / "last.ckpt") for folder in (out / first, expected / "run")
     )
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
-    assert not list(out.rglob(".lock"))
+    assert not is_in_use(out / "a sweep")
+    assert not is_in_use(out / first)
