@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qat.data import DigitsDataModule
+from lightning_qat.deployment.deployed import DeployedModel, torchscript
 from lightning_qat.network import resnet18
+from lightning_qat.quantization.convert import convert
 from lightning_qat.quantization.prepare import prepare_qat
 from lightning_qat.quantization.qconfig import x86
+from tests.long_run import look
 
 
 def kept_for_backward(net: nn.Module, batch_size: int) -> int:
@@ -50,3 +53,22 @@ def test_batches_are_cut_from_the_one_copy_of_the_images() -> None:
     loaders: Any = (datamodule.train_dataloader(), datamodule.val_dataloader())
     storages = {loader.dataset.data.images.untyped_storage().data_ptr() for loader in loaders}
     assert len(storages) == 1
+
+
+@pytest.mark.parametrize("stage", ["fp32", "int8"])
+def test_an_exported_network_is_not_kept(stage: str) -> None:
+    def export() -> int:
+        net: Any = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4096))
+        if stage == "int8":
+            net = prepare_qat(net, x86(), "x86")
+            net(torch.rand(2, 3, 32, 32))
+            net = convert(net.eval(), "x86")
+        torchscript(DeployedModel(net, [0.5] * 3, [0.25] * 3))(torch.rand(1, 3, 32, 32))
+        return look()["bytes"]
+
+    export()
+    weights = 3 * 32 * 32 * 4096 * (4 if stage == "fp32" else 1)
+    before = export()
+    for _ in range(4):
+        after = export()
+    assert after - before < 2 * weights  # not 4: the allocator keeps some in any case

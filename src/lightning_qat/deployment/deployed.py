@@ -1,5 +1,6 @@
 """The model as it is handed over: pixels in, logits out."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_qat.atomic import atomic_path
 from lightning_qat.deployment.description import KEY, Description
+from lightning_qat.quantization.convert import Int8Model, quantised_engine
 
 
 class DeployedModel(nn.Module):
@@ -38,9 +40,18 @@ class DeployedModel(nn.Module):
 
 
 def torchscript(model: nn.Module) -> torch.jit.ScriptModule:
-    """``model`` scripted and frozen: weights and normalisation become constants."""
+    """``model`` scripted and frozen: weights and normalisation become constants.
+
+    torch keeps the code of whatever it scripts as long as the process lives, and freezing puts the
+    weights into it. The code of what it loads goes when the last user does: that is frozen here.
+    """
     _forget_freed_operators(model)
-    return torch.jit.freeze(torch.jit.script(model.eval()))
+    scripted = io.BytesIO()
+    torch.jit.save(torch.jit.script(model.eval()), scripted)
+    scripted.seek(0)
+    engines = {net.engine for net in model.modules() if isinstance(net, Int8Model)}
+    with quantised_engine(engines.pop() if engines else torch.backends.quantized.engine):
+        return torch.jit.freeze(torch.jit.load(scripted))
 
 
 def _forget_freed_operators(model: nn.Module) -> None:

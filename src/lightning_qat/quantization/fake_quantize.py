@@ -17,13 +17,22 @@ from torch.ao import quantization as tq
 SMALLEST_SCALE = 2.0**-14
 
 
+def in_steps(integers: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """What ``integers`` stand for; they are overwritten.
+
+    The torch.compile of torch 2.11 gives what comes out of an operation in place no gradient.
+    """
+    steps = integers.sub_(zero_point)
+    return steps * scale if torch.compiler.is_compiling() else steps.mul_(scale)
+
+
 class _Round(torch.autograd.Function):
     """To multiples of ``scale``; the gradient goes straight through (Bengio et al., 2013)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         integers = x.mul(1 / scale).round_().add_(zero_point)
-        return integers.sub_(zero_point).mul_(scale)
+        return in_steps(integers, scale, zero_point)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -40,7 +49,7 @@ class _RoundAndClip(torch.autograd.Function):
         integers = x.mul(1 / scale).round_().add_(zero_point)
         clipped = integers.clamp(lowest, highest)
         ctx.save_for_backward(clipped == integers)
-        return clipped.sub_(zero_point).mul_(scale)
+        return in_steps(clipped, scale, zero_point)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:

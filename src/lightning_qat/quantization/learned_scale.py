@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.quantization.fake_quantize import SMALLEST_SCALE, SwitchedFakeQuantize
+from lightning_qat.quantization.fake_quantize import (
+    SMALLEST_SCALE,
+    SwitchedFakeQuantize,
+    in_steps,
+)
 
 
 def learned_scales(net: nn.Module) -> list[nn.Parameter]:
@@ -58,7 +62,7 @@ class _LearnedRound(torch.autograd.Function):
         ctx.save_for_backward(x, scale, zero_point)
         ctx.limits, ctx.gradient_scale = limits, gradient_scale
         integers = x.mul(1 / scale).round_().add_(zero_point).clamp_(*limits)
-        return integers.sub_(zero_point).mul_(scale)
+        return in_steps(integers, scale, zero_point)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
