@@ -126,7 +126,12 @@ class KernelRangeFakeQuantize(SwitchedFakeQuantize):
         """Fake-quantise ``X`` (any shape, float32), first observing it where that is enabled."""
         if self.observes:
             self.activation_post_process(X.detach())
-            scale, zero_point = self.activation_post_process.calculate_qparams()
+            seen: Any = self.activation_post_process
+            scale, zero_point = seen.calculate_qparams()
+            # What has been 0 throughout may have any scale. torch's, 2^-23, makes steps of the next
+            # layer's sums so small that its bias overflows 32 bits.
+            only_zeros = torch.hypot(seen.min_val, seen.max_val) == 0
+            scale = torch.where(only_zeros, 1 / (self.quant_max - self.quant_min), scale)
             if self.power_of_two:
                 own, scale = scale, _power_of_two(scale)
                 zero_point = torch.round((zero_point - self.quant_min) * (own / scale))
