@@ -13,7 +13,7 @@ from torch.ao import quantization as tq
 
 from lightning_qat.checkpoint import best_weights, read_checkpoint
 from lightning_qat.errors import UserError
-from lightning_qat.quantization.bias import round_biases
+from lightning_qat.quantization.bias import round_biases, warn_of_large_biases
 from lightning_qat.quantization.check import (
     batch_norm_weights,
     check_at_first_forward,
@@ -230,6 +230,7 @@ class QuantizationCallback(pl.Callback):
     def _convert(self, fake_quantised: nn.Module) -> None:
         fake_quantised.cpu().eval().apply(tq.disable_observer)
         round_biases(fake_quantised)  # a checkpoint may be from the middle of an epoch
+        warn_of_large_biases(fake_quantised)
         self.networks["fake_quant"] = fake_quantised
         self.networks["int8"] = convert(fake_quantised, self.engine)
 

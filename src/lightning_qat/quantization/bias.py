@@ -10,6 +10,7 @@ to change 0.6 % of ResNet18's predictions. So the trained network gets such bias
 from typing import Any
 
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, fx
 from torch.ao import quantization as tq
 
@@ -26,10 +27,34 @@ def round_biases(net: Any) -> None:
     ``net`` is a ``FakeQuantisedNetwork`` whose scales are known. A layer that is called with inputs
     of several scales keeps its bias. A second call changes nothing.
     """
-    inputs = _input_fake_quantisers(net)
-    for name, fake_quants in inputs.items():
-        if len(fake_quants) == 1 and (fake_quant := fake_quants.pop()) is not None:
-            _round_bias(net.get_submodule(name), fake_quant.scale)
+    for layer, input_scale in _layers_of_one_scale(net).values():
+        bias, folded, step = _in_steps(layer, input_scale)
+        if bias is not None:
+            bias += ((folded / step).round() * step - folded).to(bias.dtype)
+
+
+def warn_of_large_biases(net: Any) -> None:
+    """Say which biases of ``net``, as ``round_biases`` takes it, are too large for 32 bits.
+
+    That takes a layer whose inputs or weights are all nearly 0. Kernels of ``qnnpack`` and ONNX
+    Runtime then clip the bias, or let it overflow; those of fbgemm and oneDNN hold it in float.
+    """
+    for name, (layer, input_scale) in _layers_of_one_scale(net).items():
+        bias, folded, step = _in_steps(layer, input_scale)
+        if bias is not None and (folded / step).abs().max() >= 2**31:
+            rank_zero_warn(
+                f"the bias of {name!r} does not fit into 32 bits, in steps of its input's scale "
+                f"{input_scale.item():.2g} times its weight's: qnnpack and ONNX Runtime give other "
+                f"numbers there. Keep it in float: overrides={{{name!r}: None}}."
+            )
+
+
+def _layers_of_one_scale(net: Any) -> dict[str, tuple[Any, Tensor]]:
+    return {
+        name: (net.get_submodule(name), fake_quant.scale)
+        for name, fake_quants in _input_fake_quantisers(net).items()
+        if len(fake_quants) == 1 and (fake_quant := fake_quants.pop()) is not None
+    }
 
 
 def _input_fake_quantisers(net: fx.GraphModule) -> dict[str, set[Any]]:
@@ -54,11 +79,14 @@ def _input_fake_quantisers(net: fx.GraphModule) -> dict[str, set[Any]]:
     return inputs
 
 
-def _round_bias(layer: Any, input_scale: Tensor) -> None:
+@torch.no_grad()
+def _in_steps(layer: Any, input_scale: Tensor) -> tuple[Any, Tensor, Tensor]:
+    """The parameter that moves a bias, the bias with batch-norm folded in, and its step."""
     bn = getattr(layer, "bn", None)
     bias: Any = layer.bias if bn is None else bn.bias
+    step = input_scale.double() * layer.weight_fake_quant.scale.double()
     if bias is None:
-        return
+        return None, step, step
     folded = bias.double()
     if bn is not None:
         factor = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
@@ -66,5 +94,4 @@ def _round_bias(layer: Any, input_scale: Tensor) -> None:
         if layer.bias is not None:
             shift = shift + layer.bias.double()
         folded = folded + shift * factor
-    step = input_scale.double() * layer.weight_fake_quant.scale.double()
-    bias += ((folded / step).round() * step - folded).to(bias.dtype)
+    return bias, folded, step
