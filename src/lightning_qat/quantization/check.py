@@ -24,6 +24,23 @@ def unobserved(net: nn.Module) -> list[str]:
     return names
 
 
+def refuse_what_is_not_finite(net: nn.Module) -> None:
+    """Check a trained ``net`` before its conversion: integers have no NaN, and would hide it.
+
+    Raises:
+        UserError: a weight, a batch-norm's statistic or a scale of it is NaN or infinite.
+    """
+    ours = (".scale", ".running_mean", ".running_var")
+    buffers = [(name, value) for name, value in net.named_buffers() if name.endswith(ours)]
+    for name, value in [*net.named_parameters(), *buffers]:
+        if not value.isfinite().all():
+            raise UserError(
+                f"{name!r} is NaN or infinite, so there is nothing to convert to INT8. Either "
+                "training has diverged: lower the learning rate; or an image holds such a value: "
+                "mend that. Go on from an earlier checkpoint."
+            )
+
+
 def batch_norm_weights(net: nn.Module) -> list[Tensor]:
     """The weights of all batch-norms: fusing replaces the modules, but keeps these objects."""
     return [module.weight for module in net.modules() if isinstance(module, _BatchNorm)]

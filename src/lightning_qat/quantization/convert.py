@@ -13,6 +13,7 @@ from torch.ao.nn.quantized import FloatFunctional
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from lightning_qat.errors import UserError
+from lightning_qat.quantization.check import refuse_what_is_not_finite
 from lightning_qat.quantization.conv_bn import as_torchs_own
 from lightning_qat.quantization.fake_quantize import integer_limits
 from lightning_qat.quantization.functions import float_functional_of
@@ -59,9 +60,11 @@ def convert(fake_quantised: nn.Module, engine: str) -> Int8Model:
         engine: one of torch's quantised engines.
 
     Raises:
+        UserError: there are weights or scales that are not finite.
         RuntimeError: a layer has no integer kernel in ``engine``.
     """
     model: Any = copy.deepcopy(fake_quantised).cpu().eval()
+    refuse_what_is_not_finite(model)
     for module in model.modules():
         if hasattr(module, "weight_fake_quant"):  # each rounds its own, where layers share a weight
             module.weight = nn.Parameter(module.weight.detach().clone())
