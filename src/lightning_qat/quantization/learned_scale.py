@@ -116,8 +116,8 @@ class LearnedScaleFakeQuantize(SwitchedFakeQuantize):
 
     def forward(self, X: Tensor) -> Tensor:  # noqa: N803 (torch's name)
         """Fake-quantise ``X`` (any shape, float32); the first training step initialises."""
-        if self.observes and not self.is_learning:
-            self._initialise(X.detach(), is_training_step=torch.is_grad_enabled())
+        if self.observes and not self.is_learning and X.numel():
+            self._initialise(X.detach().float(), is_training_step=torch.is_grad_enabled())
         if not self.rounds:
             return X
         scale, zero_point = self.scale, self.zero_point
@@ -126,7 +126,7 @@ class LearnedScaleFakeQuantize(SwitchedFakeQuantize):
             shape = [-1 if axis == self.ch_axis else 1 for axis in range(X.dim())]
             scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
         elif self.dtype == torch.quint8:
-            values //= len(X)  # LSQ counts the features of one image
+            values //= max(1, len(X))  # LSQ counts the features of one image
         gradient_scale = 1 / math.sqrt(max(1, values) * self.limits[1])
         return _LearnedRound.apply(X, scale, self.offset, zero_point, self.limits, gradient_scale)
 
