@@ -163,6 +163,20 @@ def test_transposed_kernels_that_are_wrong_are_not_used(
     assert found is None if reason is None else reason in str(found)
 
 
+@pytest.mark.parametrize(("engine", "integers"), [("x86", 1), ("onednn", 1), ("fbgemm", 2)])
+def test_onednns_depthwise_kernel_is_not_used_where_it_reads_foreign_memory(
+    engine: str, integers: int
+) -> None:
+    torch.manual_seed(0)
+    wrong = nn.Conv2d(16, 16, (1, 3), padding=(1, 0), groups=16)
+    x = torch.randn(8, 3, 9, 9)
+    prepared = trained(chain(nn.Conv2d(3, 16, 1), wrong), x, engine)
+    model = convert(prepared, engine)
+    assert count(model, nnq.Conv2d) == integers
+    for _ in range(5):
+        assert steps_apart(prepared, model, x).max() < 1.5
+
+
 def test_relu6_ends_at_6_in_both_forms() -> None:
     x = torch.randn(8, 3, 9, 9)
     first: Any = nn.Conv2d(3, 6, 3)
