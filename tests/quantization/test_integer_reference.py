@@ -18,6 +18,7 @@ Without VNNI, kernels other than qnnpack's saturate outside of the integers 0..1
 """
 
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from lightning_qat.quantization import make_qconfig
 from lightning_qat.quantization.bias import round_biases
 from lightning_qat.quantization.convert import convert, quantised_engine
 from lightning_qat.quantization.fake_quantize import integer_limits
+from lightning_qat.quantization.kernels import limitation
 from lightning_qat.quantization.prepare import prepare_qat
 from tests.quantization.integer_reference import (
     ULP,
@@ -42,6 +44,8 @@ from tests.quantization.integer_reference import (
     kernel_quantise,
 )
 
+# a seed, not strategies within strategies: of those, hypothesis draws many that are nearly the same
+SEEDS = st.integers(0, 2**64)
 ENGINES = ["x86", "fbgemm", "onednn", "qnnpack"]
 
 
@@ -57,64 +61,61 @@ def holds_every_integer(engine: str) -> bool:
     return engine == "qnnpack" or torch.cpu._is_vnni_supported()
 
 
-@st.composite
-def qconfigs(draw: st.DrawFn, engine: str) -> Any:
-    bits = draw(st.sampled_from([8, 8, 8, 4, 2]))
+def qconfigs(pick: Random, engine: str) -> Any:
+    bits = pick.choice([8, 8, 8, 4, 2])
     return make_qconfig(
         engine,  # type: ignore[arg-type]
         weight_bits=bits,
         activation_bits=bits,
-        per_channel=draw(st.booleans()),
-        symmetric=draw(st.booleans()),
-        reduce_range=not holds_every_integer(engine) or draw(st.booleans()),
-        scales=draw(st.sampled_from(["observed", "power_of_two", "learned", "learned_offset"])),
+        per_channel=pick.choice([False, True]),
+        symmetric=pick.choice([False, True]),
+        reduce_range=not holds_every_integer(engine) or pick.choice([False, True]),
+        scales=pick.choice(["observed", "power_of_two", "learned", "learned_offset"]),
         wide_ends=False,
     )
 
 
-@st.composite
-def numbers(draw: st.DrawFn, shape: tuple[int, ...]) -> Tensor:
+def numbers(pick: Random, shape: tuple[int, ...]) -> Tensor:
     """Of any sign, of one, all the same, or all zero; and from 1e-5 to 1e5."""
-    seed, size = draw(st.integers(0, 999)), 10.0 ** draw(st.sampled_from([0, 0, 0, -5, -3, 3, 5]))
+    seed, size = pick.randint(0, 999), 10.0 ** pick.choice([0, 0, 0, -5, -3, 3, 5])
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size
-    kind = draw(st.sampled_from(["any", "any", "positive", "negative", "constant", "zero"]))
+    kind = pick.choice(["any", "any", "positive", "negative", "constant", "zero"])
     constant = torch.full(shape, -0.7 * size if seed % 2 else 0.7 * size)
     of_kind = {"any": x, "positive": x.abs(), "negative": -x.abs(), "constant": constant}
     return of_kind.get(kind, torch.zeros(shape))
 
 
-@st.composite
-def layers(draw: st.DrawFn, kind: str) -> tuple[nn.Sequential, Tensor]:
+def layers(pick: Random, kind: str) -> tuple[nn.Sequential, Tensor]:
     """A layer, maybe with ReLU, and what comes into it."""
-    groups = draw(st.sampled_from([1, 1, 2, 3])) if kind != "linear" else 1
-    within, out = draw(st.integers(1, 5)), groups * draw(st.integers(1, 4))
+    groups = pick.choice([1, 1, 2, 3]) if kind != "linear" else 1
+    within, out = pick.randint(1, 5), groups * pick.randint(1, 4)
     if kind == "depthwise":
-        groups, within, out = (channels := draw(st.sampled_from([1, 3, 8, 16]))), 1, channels
-    bias, batch = draw(st.booleans()), draw(st.integers(1, 3))
+        groups, within, out = (channels := pick.choice([1, 3, 8, 16])), 1, channels
+    bias, batch = pick.choice([False, True]), pick.randint(1, 3)
     if kind == "linear":
         layer: Any = nn.Linear(within * 7, out, bias)
         shape: tuple[int, ...] = (batch, within * 7)
     else:
         dims = 1 if kind == "conv1d" else 2
-        kernel = tuple(draw(st.sampled_from([1, 2, 3, 3, 5])) for _ in range(dims))
-        stride, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2))
-        padding = tuple(draw(st.integers(0, k)) for k in kernel)
-        image = tuple(draw(st.sampled_from([1, 1, 2, 5, 7, 11, 13])) for _ in range(dims))
+        kernel = tuple(pick.choice([1, 2, 3, 3, 5]) for _ in range(dims))
+        stride, dilation = pick.randint(1, 3), pick.randint(1, 2)
+        padding = tuple(pick.randint(0, k) for k in kernel)
+        image = tuple(pick.choice([1, 1, 2, 5, 7, 11, 13]) for _ in range(dims))
         spans = zip(image, padding, kernel, strict=True)
         assume(all(size + 2 * pad > dilation * (k - 1) for size, pad, k in spans))
         make: Any = nn.Conv1d if dims == 1 else nn.Conv2d
         layer = make(groups * within, out, kernel, stride, padding, dilation, groups, bias)
         shape = (batch, groups * within, *image)
-    x = draw(numbers(shape))
+    x = numbers(pick, shape)
     with torch.no_grad():
-        layer.weight.copy_(draw(numbers(tuple(layer.weight.shape))))
-        if draw(st.booleans()):
+        layer.weight.copy_(numbers(pick, tuple(layer.weight.shape)))
+        if pick.choice([False, True]):
             layer.weight[0] = 0
         if bias:
             size = x.abs().max() * layer.weight.abs().max() + 1e-3
-            dies = draw(st.sampled_from([False, False, False, True]))
+            dies = pick.choice([False, False, False, True])
             layer.bias.copy_(torch.linspace(-1, 1, out) * size - (999 * size if dies else 0))
-    return nn.Sequential(layer, *[nn.ReLU()] * draw(st.booleans())), x
+    return nn.Sequential(layer, *[nn.ReLU()] * pick.choice([False, True])), x
 
 
 @dataclass
@@ -217,25 +218,24 @@ def assert_same(layer: Layer) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d", "depthwise"])
-@given(data=st.data())
+@given(pick=SEEDS.map(Random))
 @examples(30)
 def test_bit_for_bit_but_one_step_where_float32_cannot_tell_a_tie(
-    kind: str, engine: str, data: st.DataObject
+    kind: str, engine: str, pick: Random
 ) -> None:
-    net, seen = data.draw(layers(kind))
-    beyond = data.draw(st.sampled_from([1.0, 1.7])) if holds_every_integer(engine) else 1.0
-    assert_same(integers_of(net, seen, seen * beyond, data.draw(qconfigs(engine))))
+    net, seen = layers(pick, kind)
+    assume(limitation(net[0], engine) is None)
+    beyond = pick.choice([1.0, 1.7]) if holds_every_integer(engine) else 1.0
+    assert_same(integers_of(net, seen, seen * beyond, qconfigs(pick, engine)))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@given(data=st.data())
+@given(pick=SEEDS.map(Random))
 @examples(25)
-def test_bit_for_bit_at_ties_too_where_scales_are_powers_of_two(
-    engine: str, data: st.DataObject
-) -> None:
-    reduce_range = not holds_every_integer(engine) or data.draw(st.booleans())
+def test_bit_for_bit_at_ties_too_where_scales_are_powers_of_two(engine: str, pick: Random) -> None:
+    reduce_range = not holds_every_integer(engine) or pick.choice([False, True])
     qconfig = make_qconfig(engine, scales="power_of_two", reduce_range=reduce_range)  # type: ignore[arg-type]
-    drawn, out = data.draw(st.integers(0, 999)), data.draw(st.integers(1, 4))
+    drawn, out = pick.randint(0, 999), pick.randint(1, 4)
     generator = torch.Generator().manual_seed(drawn)
     layer = nn.Linear(9, out)
     with torch.no_grad():
@@ -278,16 +278,16 @@ class Sum(nn.Module):
 
 @pytest.mark.parametrize("has_relu", [False, True], ids=["add", "add_relu"])
 @pytest.mark.parametrize("engine", ENGINES)
-@given(data=st.data())
+@given(pick=SEEDS.map(Random))
 @examples(20)
 def test_sums_bit_for_bit_but_one_step_at_ties_and_in_qnnpacks_own_kernel(
-    engine: str, has_relu: bool, data: st.DataObject
+    engine: str, has_relu: bool, pick: Random
 ) -> None:
-    sizes = st.sampled_from([1.0, -0.37, 100.0, 1e-3, 0.0])
-    net = Sum((data.draw(sizes), data.draw(sizes)), has_relu)
-    x = data.draw(numbers((2, 1, 3, data.draw(st.sampled_from([1, 5, 11, 32])))))
+    one, other = pick.choices([1.0, -0.37, 100.0, 1e-3, 0.0], k=2)
+    net = Sum((one, other), has_relu)
+    x = numbers(pick, (2, 1, 3, pick.choice([1, 5, 11, 32])))
     assume(not any(0 < x.abs().max() * size.abs().max() < 1e-3 for size in net.parameters()))
-    qconfig = data.draw(qconfigs(engine))
+    qconfig = qconfigs(pick, engine)
     prepared: Any = prepare_qat(net, qconfig, engine)
     prepared.train()(x)
     prepared.eval().apply(tq.disable_observer)
