@@ -73,7 +73,5 @@ def test_ten_jobs_in_one_process_hold_no_more_than_two(
     jobs = JOBS - 3
     assert after["files"] == before["files"]
     assert after["threads"] <= before["threads"] + 1  # torch's own pools start when they are used
-    assert (
-        after["objects"] - before["objects"] < 2_000 * jobs
-    )  # Hydra keeps each job's configuration
+    assert after["objects"] - before["objects"] < 2_000 * jobs  # Hydra keeps their configurations
     assert after["bytes"] - before["bytes"] < jobs * weights / 2
