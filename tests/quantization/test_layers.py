@@ -163,14 +163,21 @@ def test_transposed_kernels_that_are_wrong_are_not_used(
     assert found is None if reason is None else reason in str(found)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        nn.Conv2d(16, 16, (1, 3), padding=(1, 0), groups=16),
+        nn.Conv2d(16, 64, 5, padding=(5, 4)),
+    ],
+    ids=["depthwise", "dense"],
+)
 @pytest.mark.parametrize(("engine", "integers"), [("x86", 1), ("onednn", 1), ("fbgemm", 2)])
-def test_onednns_depthwise_kernel_is_not_used_where_it_reads_foreign_memory(
-    engine: str, integers: int
+def test_onednns_kernels_are_not_used_where_they_read_foreign_memory(
+    engine: str, integers: int, wrong: nn.Module
 ) -> None:
     torch.manual_seed(0)
-    wrong = nn.Conv2d(16, 16, (1, 3), padding=(1, 0), groups=16)
     x = torch.randn(8, 3, 9, 9)
-    prepared = trained(chain(nn.Conv2d(3, 16, 1), wrong), x, engine)
+    prepared = trained(chain(nn.Conv2d(3, 16, 1), copy.deepcopy(wrong)), x, engine)
     model = convert(prepared, engine)
     assert count(model, nnq.Conv2d) == integers
     for _ in range(5):
