@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import runpy
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ from typing import Any
 
 import absl.logging
 import pytest
-from filelock import FileLock
 
 from lightning_qat._torch_deprecations import FILTERS
 
@@ -56,9 +54,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return export(tmp_path_factory.mktemp("exported"))
 
 
-PRINTED = "printed.json"
-
-
 @dataclass
 class Road:
     """The folder in which `train.py -m stage=fp32,ptq,qat data=digits` has left everything."""
@@ -85,22 +80,9 @@ class Road:
 @pytest.fixture(scope="session")
 def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
     """The README's main command, in a process of its own."""
-    own = tmp_path_factory.getbasetemp() / "road"
-    if not WORKER:
-        return made_road(own)
-    made = own.parents[1] / "road"
-    with FileLock(f"{made}.lock"):  # one process makes it, and each gets a copy of its own
-        if not made.exists():
-            made_road(made)
-    shutil.copytree(made, own)
-    return Road(own, *json.loads((own / PRINTED).read_text()))
-
-
-def made_road(output_dir: Path) -> Road:
-    """Run it, and keep what it printed beside its results."""
-    done = run_train(*["-m", "stage=fp32,ptq,qat", "data=digits"], f"output_dir={output_dir}")
+    output_dir = tmp_path_factory.mktemp("road")
+    done = run_train("-m", "stage=fp32,ptq,qat", "data=digits", f"output_dir={output_dir}")
     assert done.returncode == 0, done.stdout + done.stderr
-    (output_dir / PRINTED).write_text(json.dumps([done.stdout, done.stderr]))
     return Road(output_dir, done.stdout, done.stderr)
 
 

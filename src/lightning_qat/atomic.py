@@ -18,7 +18,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield partial
         partial.replace(path)
     except OSError as error:
-        if error.filename in (None, str(partial)):  # a full disk does not say where
+        if error.errno and error.filename in (None, str(partial)):  # a full disk names no file
             error.filename = str(path)
         raise
     finally:

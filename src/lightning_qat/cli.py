@@ -57,11 +57,12 @@ class CommandCheck(Callback):
         """For a single run."""
         folder, overrides = config.hydra.run.dir, config.hydra.overrides.task
         refused = processes.refused(config) or resume.refused_run(config)
-        _begin_in("hydra.run.dir", folder, refused)
-        if config.resume and resume.is_finished(Path(folder), as_typed(overrides)):
+        finished = config.resume is True and resume.is_finished(Path(folder), as_typed(overrides))
+        if finished and refused is None:
             if not processes.rank():
                 print(f"{folder} is finished: nothing is left to do.")
             end(DONE)
+        _begin_in("hydra.run.dir", folder, refused)
         if processes.rank():
             with read_write(config.hydra):
                 config.hydra.output_subdir = None  # the first process writes it
