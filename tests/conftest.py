@@ -59,12 +59,13 @@ class Road:
     """The folder in which `train.py -m stage=fp32,ptq,qat data=digits` has left everything."""
 
     output_dir: Path
+    sweep: Path  # other tests may leave sweeps beside it
     printed: str
     warned: str
 
     def job(self, stage: str) -> Path:
         """The run directory of one stage."""
-        (folder,) = self.output_dir.glob(f"multiruns/*/*-{stage}-*")
+        (folder,) = self.sweep.glob(f"*-{stage}-*")
         return folder
 
     def metrics(self, stage: str) -> dict[str, Any]:
@@ -83,7 +84,8 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
     output_dir = tmp_path_factory.mktemp("road")
     done = run_train("-m", "stage=fp32,ptq,qat", "data=digits", f"output_dir={output_dir}")
     assert done.returncode == 0, done.stdout + done.stderr
-    return Road(output_dir, done.stdout, done.stderr)
+    (sweep,) = output_dir.glob("multiruns/*")
+    return Road(output_dir, sweep, done.stdout, done.stderr)
 
 
 def run_train(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:

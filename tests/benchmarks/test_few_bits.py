@@ -15,7 +15,7 @@ from tests.conftest import Road
 
 @pytest.mark.slow
 def test_a_sweep_becomes_a_table_with_batch_norm_estimated_anew(road: Road, tmp_path: Path) -> None:
-    (sweep,) = road.output_dir.glob("multiruns/*")
+    sweep = road.sweep
     done = benchmark("few_bits.py", sweep, "--batches", 8, "--out", tmp_path / "table")
     assert done.returncode == 0, done.stderr
     (rows,) = json.loads((tmp_path / "table.json").read_text())["sweeps"]
