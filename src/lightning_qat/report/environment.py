@@ -29,14 +29,18 @@ def peak_memory() -> dict[str, int | None]:
     """The most that this process has held so far, in bytes.
 
     Returns:
-        ``rss``: in memory, None on Windows; ``gpu``: allocated by torch, None without a GPU.
+        ``rss``: in memory, None where neither Linux nor macOS tells it; ``gpu``: allocated by
+        torch, None without a GPU.
     """
     rss = None
-    if sys.platform != "win32":
+    if sys.platform == "linux":
+        # getrusage would give that of the process that started this one, where it held more
+        status = Path("/proc/self/status").read_text().splitlines()
+        rss = next((int(x.split()[1]) * 1024 for x in status if x.startswith("VmHWM:")), None)
+    elif sys.platform == "darwin":
         import resource
 
-        unit = 1 if sys.platform == "darwin" else 1024
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     return {"rss": rss, "gpu": gpu}
 
