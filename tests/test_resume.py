@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
 
-from lightning_qat.best_checkpoint import BestCheckpoint
+from lightning_qat.continued_checkpoint import ContinuedCheckpoint
 from tests.conftest import Road, Train
 from tests.quantization.networks import SmallModule, loader
 from tests.quantization.test_callback import trainer_with
@@ -66,9 +65,9 @@ class Scripted(SmallModule):
 
 
 def test_the_best_epoch_before_the_break_stays_the_best(tmp_path: Path) -> None:
-    def fit(folder: Path, max_epochs: int, ckpt_path: Path | None = None) -> BestCheckpoint:
-        best = BestCheckpoint(folder, "best", "val/accuracy", mode="max")
-        last = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True)
+    def fit(folder: Path, max_epochs: int, ckpt_path: Path | None = None) -> ContinuedCheckpoint:
+        best = ContinuedCheckpoint(folder, "best", "val/accuracy", mode="max")
+        last = ContinuedCheckpoint(folder, "last", save_on_train_epoch_end=True)
         trainer = trainer_with(best, last, folder=folder, max_epochs=max_epochs)
         trainer.fit(Scripted(), loader(), loader(), ckpt_path=ckpt_path, weights_only=True)
         return best
@@ -79,3 +78,12 @@ def test_the_best_epoch_before_the_break_stays_the_best(tmp_path: Path) -> None:
     assert after.best_model_score.item() == pytest.approx(0.9)
     assert Path(after.best_model_path).parent == tmp_path / "after"
     assert Path(after.best_model_path).read_bytes() == Path(before.best_model_path).read_bytes()
+
+
+def test_what_is_continued_behind_its_last_epoch_has_its_checkpoint(tmp_path: Path) -> None:
+    for folder, ckpt_path in (("before", None), ("after", tmp_path / "before" / "last.ckpt")):
+        last = ContinuedCheckpoint(tmp_path / folder, "last", save_on_train_epoch_end=True)
+        trainer = trainer_with(last, folder=tmp_path / folder, max_epochs=1)
+        trainer.fit(SmallModule(), loader(), ckpt_path=ckpt_path, weights_only=True)
+    files = [tmp_path / folder / "last.ckpt" for folder in ("before", "after")]
+    assert files[0].read_bytes() == files[1].read_bytes()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -133,3 +134,26 @@ def test_without_openvino_its_files_name_the_extra(
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(UserError, match=r"pip install 'lightning_qat\[openvino\]'"):
         load(exported["xml"])
+
+
+SIGNALLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from lightning_qat.deployment.runtimes import OpenVino
+
+def used():
+    model = OpenVino(Path(sys.argv[1]))
+    model(torch.rand(1, 3, 8, 8))
+    return model
+
+first, second = used(), used()
+del first
+del second
+signal.signal(signal.SIGTERM, lambda *args: sys.exit(7))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_signal_is_handled_also_after_openvino_was_used(exported: dict[str, Path]) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", SIGNALLED, str(exported["xml"])]
+    assert subprocess.run(command).returncode == 7

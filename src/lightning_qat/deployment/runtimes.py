@@ -1,5 +1,6 @@
 """Exported files, loaded back and called alike: images in, logits out, whatever runs them."""
 
+import functools
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -125,7 +126,7 @@ class OpenVino:
         with path.open("rb") as file:
             if b"<net " not in file.read(200):  # else OpenVINO tries TensorFlow's format, loudly
                 raise ValueError("it is no OpenVINO model")
-        self._core = openvino.Core()
+        self._core = _only_instance(openvino.Core)
         self._model = self._core.read_model(path)
         text = self._model.get_rt_info([KEY]).value if self._model.has_rt_info([KEY]) else None
         self.description = _description(path, text)
@@ -145,6 +146,17 @@ class OpenVino:
         request = self._compiled[shape]
         request.infer([images.numpy()], share_inputs=True)
         return torch.from_numpy(request.get_output_tensor().data.copy())
+
+
+@functools.cache
+def _only_instance(core: type) -> Any:
+    """OpenVINO's core of this process, which lives as long as it does.
+
+    Each gives the thread that compiles with it a stack for signals (seen in 2026.4). Where several
+    end in another order than they began, the next signal is handled on one that has been freed: a
+    Ctrl-C would crash the process.
+    """
+    return core()
 
 
 def _extra_file(path: Path) -> str | None:
