@@ -168,8 +168,9 @@ def test_transposed_kernels_that_are_wrong_are_not_used(
     [
         nn.Conv2d(16, 16, (1, 3), padding=(1, 0), groups=16),
         nn.Conv2d(16, 64, 5, padding=(5, 4)),
+        nn.Conv2d(16, 16, (3, 1), padding=(0, 1), groups=4),
     ],
-    ids=["depthwise", "dense"],
+    ids=["depthwise", "dense", "columns"],
 )
 @pytest.mark.parametrize(("engine", "integers"), [("x86", 1), ("onednn", 1), ("fbgemm", 2)])
 def test_onednns_kernels_are_not_used_where_they_read_foreign_memory(

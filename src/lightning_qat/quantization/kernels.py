@@ -133,11 +133,12 @@ def limitation(module: Any, engine: str) -> str | None:
             return f"padding_mode={module.padding_mode!r}"
         if isinstance(module.padding, str):
             return f"padding={module.padding!r} with an even kernel"
-    if isinstance(module, nn.Conv2d) and engine in ("x86", "onednn"):
-        rows, above = module.kernel_size[0], int(module.padding[0])
-        # seen in torch 2.15: oneDNN reads memory there that nobody has written, in some shapes
-        if above > module.dilation[0] * (rows - 1):
-            return f"{engine}'s kernel is wrong where whole windows lie in rows of padding"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and engine in ("x86", "onednn"):
+        # seen in torch 2.11 and 2.15: oneDNN reads memory there that nobody has written, at times
+        padding: Any = module.padding
+        spans = zip(module.kernel_size, padding, module.dilation, strict=True)
+        if any(pad > dilation * (size - 1) for size, pad, dilation in spans):
+            return f"{engine}'s kernel is wrong where whole windows lie in padding"
     return None
 
 
