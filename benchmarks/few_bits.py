@@ -33,7 +33,7 @@ def main() -> None:
     """Read the sweeps, estimate anew, write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweeps", nargs="+", type=Path)
-    parser.add_argument("--batches", type=int, default=100)
+    parser.add_argument("--batches", type=int, default=100, help="0 = estimate nothing anew")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     found = [configurations(read_runs(sweep)) for sweep in args.sweeps]
@@ -46,7 +46,7 @@ def row(configuration: Configuration, batches: int) -> dict[str, Any]:
     """Accuracies of a configuration, a number a seed, and those with batch-norm estimated anew."""
     metrics = [run.metrics for run in configuration.runs]
     anew = None
-    if metrics[0]["stage"] == "qat":
+    if metrics[0]["stage"] == "qat" and batches:
         anew = [estimated_anew(read(run.folder), batches) for run in configuration.runs]
     return {
         "label": configuration.label,

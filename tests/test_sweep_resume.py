@@ -203,6 +203,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(
     [
         ({}, True),
         ({"metrics.json": {"status": 0, "command": "python train.py resume=true seed=1"}}, True),
+        ({"metrics.json": {"status": 0, "command": "python train.py launcher=ray seed=1"}}, True),
         ({"metrics.json": {"status": 0, "command": "python train.py seed=2"}}, False),
         ({"metrics.json": {"status": 1, "command": "python train.py seed=1"}}, False),
         ({"report.html": None}, False),  # killed before it was written

@@ -37,6 +37,9 @@ _OF_THE_SWEEP = (
     "hydra.sweep.subdir",
 )
 
+HOW_IT_IS_RUN = ("resume", "launcher")
+"""Arguments of ours that say nothing about a job."""
+
 log = logging.getLogger(__name__)
 
 Arguments = dict[str, str]
@@ -170,9 +173,9 @@ def _sweep_arguments(config: DictConfig) -> Arguments:
 
 
 def _arguments(overrides: Iterable[str]) -> Arguments:
-    """Value by name, without resume=true, which says nothing about the job."""
+    """Value by name, of all that says something about the job."""
     pairs = (override.partition("=") for override in overrides)
-    return {name: value for name, _, value in pairs if name.lstrip("+") != "resume"}
+    return {name: value for name, _, value in pairs if name.lstrip("+") not in HOW_IT_IS_RUN}
 
 
 def _difference(then: Arguments, now: Arguments) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 
 from lightning_qat.report.intervals import student, unpaired_noise, wilson
 from lightning_qat.report.sweep_runs import Run
+from lightning_qat.resume import HOW_IT_IS_RUN
 
 LEAST_SEEDS = 3  # from which on the seeds themselves tell how much they differ
 
 # Arguments that make no other configuration.
-_NOT_OF_IT = ("seed", "resume")
+_NOT_OF_IT = ("seed", *HOW_IT_IS_RUN)
 
 
 @dataclass(frozen=True)
