@@ -214,6 +214,7 @@ def main() -> None:
         ("gpu", tables_gpu.gpu_summary(tables_gpu.load(RESULTS / "gpu"))),
         ("torchvision", torchvision_summary()),
         ("few_bits", (RESULTS / "few_bits.md").read_text().rstrip()),
+        ("distill", (RESULTS / "distill.md").read_text().rstrip()),
     ):
         text = re.sub(
             rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)",
