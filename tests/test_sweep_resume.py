@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_qat import resume
-from lightning_qat.curves import CurvesLogger
+from lightning_qat.curves import CurvesLogger, _rows_before
 from lightning_qat.report.metrics import read_objective
 from tests.conftest import TRAIN, Road, Train, run_train
 
@@ -241,3 +241,13 @@ def test_curves_go_on_at_the_step_of_the_checkpoint(to: str, tmp_path: Path) -> 
     logger.save()
     lines = (tmp_path / to / "csv" / "metrics.csv").read_text().split()
     assert lines == ["loss,step", "0.5,1", "0.25,3", "0.125,5"]
+
+
+def test_a_row_without_names_is_left_out_of_the_curves(tmp_path: Path) -> None:
+    """Lightning appends such rows when it is interrupted before it has written new names."""
+    for folder in ("csv", "checkpoints"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "csv" / "metrics.csv").write_text("loss,step\n0.5,1\n0.4,2,0.9\n0.3,3\n")
+    torch.save({"global_step": 9}, tmp_path / "checkpoints" / "last.ckpt")
+    rows = _rows_before(tmp_path / "checkpoints" / "last.ckpt")
+    assert rows == [{"loss": "0.5", "step": "1"}, {"loss": "0.3", "step": "3"}]

@@ -48,5 +48,10 @@ def _rows_before(checkpoint: Path) -> list[dict[str, Any]]:
     steps = read_checkpoint(checkpoint, "name another one.")["global_step"]
     text = file.read_text()
     whole_lines = text[: text.rfind("\n") + 1]  # the run may have been killed while it wrote one
-    rows = [row for row in csv.DictReader(whole_lines.splitlines()) if int(row["step"]) < steps]
+    rows = [
+        row
+        for row in csv.DictReader(whole_lines.splitlines())
+        # None: more columns than names, which an interrupted run had no time to write
+        if None not in row and row.get("step") and int(row["step"]) < steps
+    ]
     return [{name: value for name, value in row.items() if value} for row in rows]
