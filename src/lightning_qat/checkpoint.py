@@ -130,9 +130,7 @@ def load_weights(
         UserError: the file is missing, damaged, or of another network.
     """
     checkpoint = read_checkpoint(path, hint)
-    state = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise UserError(f"{path} holds no weights by name; {hint}")
+    state = state_dict(checkpoint, path, hint)
     if state is not checkpoint:
         _refuse_other_hparams(checkpoint.get("hyper_parameters", {}), hparams, path, hint)
         state = _below(state, target)
@@ -174,6 +172,18 @@ def read_checkpoint(path: str | Path, hint: str) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; {hint}")
     return checkpoint
+
+
+def state_dict(checkpoint: dict[str, Any], path: str | Path, hint: str) -> dict[str, Any]:
+    """The state dict in a Lightning checkpoint; another checkpoint is one itself.
+
+    Raises:
+        UserError: it is none.
+    """
+    state = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError(f"{path} holds no weights by name; {hint}")
+    return state
 
 
 def check_resumable(path: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qat import PostTrainingQuantization, QuantizationAwareTraining
+from lightning_qat.errors import UserError
 from tests.quantization.networks import BuildsLate, SmallModule, SmallNet, images, loader
 from tests.quantization.test_callback import fake_quants, trainer_with
 
@@ -183,3 +184,17 @@ def test_wrong_checkpoints_are_refused_with_what_to_do(whole: Run, tmp_path: Pat
     with pytest.raises(ValueError, match="plain"):
         load(rich)
     assert len(fake_quants(module.net)) == 11
+
+
+def test_a_checkpoint_with_a_damaged_state_dict_is_refused(whole: Run, tmp_path: Path) -> None:
+    checkpoint = torch.load(whole.folder / "last.ckpt", weights_only=True)
+    state = checkpoint["state_dict"]
+    name = next(name for name in state if "fake_quant" in name)
+    for damaged, words in [
+        ([1, 2], "no weights by name"),
+        ({1: torch.ones(1)}, "no weights by name"),
+        (state | {name: "text"}, "another network than this SmallModule"),
+    ]:
+        torch.save(checkpoint | {"state_dict": damaged}, tmp_path / "damaged.ckpt")
+        with pytest.raises(UserError, match=words):
+            QuantizationAwareTraining().load(SmallModule(), tmp_path / "damaged.ckpt")

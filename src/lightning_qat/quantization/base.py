@@ -11,7 +11,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.ao import quantization as tq
 
-from lightning_qat.checkpoint import best_weights, read_checkpoint
+from lightning_qat.checkpoint import best_weights, read_checkpoint, state_dict
 from lightning_qat.errors import UserError
 from lightning_qat.quantization.bias import round_biases, warn_of_large_biases
 from lightning_qat.quantization.check import (
@@ -108,7 +108,7 @@ class QuantizationCallback(pl.Callback):
             UserError: the file is missing or damaged, or of another network or qconfig.
         """
         hint = "name a checkpoint that a fit with this callback has written."
-        weights = read_checkpoint(ckpt_path, hint).get("state_dict", {})
+        weights = state_dict(read_checkpoint(ckpt_path, hint), ckpt_path, hint)
         quantised = [name for name in weights if "fake_quant" in name]
         if not any(map(self._is_below, quantised)):
             raise UserError(f"{ckpt_path} holds no fake-quantised {self.target!r}: {hint}")
@@ -118,7 +118,7 @@ class QuantizationCallback(pl.Callback):
         other = f"{ckpt_path} holds another network than this {type(pl_module).__name__}"
         try:
             missing, unexpected = pl_module.load_state_dict(weights, strict=False)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, AttributeError) as error:
             raise UserError(f"{other}: {str(error)[:300]}") from error
         # the targets of other callbacks may be float still: they get their turn
         others = {name.partition(".")[0] for name in quantised if not self._is_below(name)}
