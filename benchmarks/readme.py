@@ -109,10 +109,11 @@ def plot(results: dict[str, dict[str, dict[str, Any]]]) -> None:
                 capsize=3,
                 label=f"{row}, {name.replace('_', ' ')}",
             )
+    axes.set_xlim(left=0)
     axes.set_xlabel("speed of the fastest runtime at 1 image on 1 thread, FP32 eager = 1")
     axes.set_ylabel("test accuracy, %")
     axes.grid(alpha=0.3)
-    axes.legend(loc="best", fontsize="small")
+    figure.legend(loc="outside upper center", ncols=len(ROWS), fontsize="x-small")
     figure.savefig(PLOT, metadata={"Date": None})
 
 
