@@ -51,7 +51,7 @@ IMAGES: dict[str, tuple[Spoil, str | None]] = {
     "empty.png": (lambda file, photo: file.touch(), "is no image"),
     "text.png": (lambda file, photo: file.write_text("no image"), "is no image"),
     "page.png": (lambda file, photo: file.write_text("<html>"), "is no image"),
-    "program.png": (lambda file, photo: file.write_bytes(b"%!PS-Adobe-3.0\n"), "is no image"),
+    "program.png": (lambda file, photo: Image.new("L", (4, 4)).save(file, "EPS"), "is no image"),
     "folder.png": (lambda file, photo: file.mkdir(), "Is a directory"),
     "pipe.png": (lambda file, photo: os.mkfifo(file), "a pipe or a device"),
     "link.png": (lambda file, photo: file.symlink_to("nowhere"), "No such file"),
