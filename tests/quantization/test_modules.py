@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.demos.boring_classes import BoringModel, DemoModel, RandomDataset
 from torch import Tensor, nn
+from torch.ao import quantization as tq
 from torch.utils.data import DataLoader
 
 from lightning_qat import PostTrainingQuantization, QuantizationAwareTraining
@@ -245,14 +246,40 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     assert agreement(module, callback) > 0.98
 
 
-def test_what_was_in_evaluation_mode_stays_in_it(tmp_path: Path) -> None:
-    module = SmallModule()
-    module.net.block.bn1.eval()
-    mean = module.net.block.bn1.running_mean.clone()
-    callback = QuantizationAwareTraining(freeze_batch_norm_epoch=1)
+class FusesItself(SmallNet):
+    def fuse_model(self, is_qat: bool) -> None:
+        chains = [["stem.0", "stem.1", "stem.2"], ["block.conv1", "block.bn1"]]
+        tq.fuse_modules_qat(self, chains, inplace=True)
+
+
+class NormalisesTwice(SmallNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem.extend([nn.BatchNorm2d(8), nn.ReLU()])
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "name"),
+    [
+        (SmallNet, {}, "block.bn1"),
+        (SmallNet, {"overrides": {"block": None}}, "block.bn1"),
+        (NormalisesTwice, {}, "stem.3"),
+        (FusesItself, {}, "block.bn1"),
+    ],
+    ids=["fused", "fused in float", "with ReLU alone", "fused by itself"],
+)
+def test_a_batch_norm_that_was_in_evaluation_mode_stays_in_it(
+    kind: type[SmallNet], settings: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    module = SmallModule(kind())
+    frozen = module.net.get_submodule(name).eval()
+    mean = frozen.running_mean.clone()
+    callback = QuantizationAwareTraining(freeze_batch_norm_epoch=1, **settings)
     trainer_with(callback, folder=tmp_path).fit(module, loader(), loader(seed=1))
-    assert torch.equal(module.net.block.conv1.bn.running_mean, mean)
-    assert not torch.equal(module.net.block.conv2.bn.running_mean, torch.zeros(8))
+    norms = [x for x in module.net.modules() if isinstance(x, nn.BatchNorm2d)]
+    means = {x.weight is frozen.weight: x.running_mean for x in norms}
+    assert torch.equal(means[True], mean)
+    assert not torch.equal(means[False], torch.zeros(8))
 
 
 def test_frozen_parameters_stay_frozen(tmp_path: Path) -> None:

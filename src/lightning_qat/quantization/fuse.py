@@ -32,7 +32,7 @@ def fuse(
     graph_module: fx.GraphModule,
     engine: str,
     chains: Sequence[Sequence[str]] | None = None,
-) -> list[list[str]]:
+) -> None:
     """Turn chains of modules into fused ones, of the same Parameters.
 
     Args:
@@ -40,9 +40,6 @@ def fuse(
             mode.
         engine: the quantised engine of torch to convert for later.
         chains: the names of the modules to fuse; None = all chains that the graph shows.
-
-    Returns:
-        The chains that have been fused, each into the module of its first name.
 
     Raises:
         UserError: ``chains`` names something that is not there or cannot be fused.
@@ -64,7 +61,6 @@ def fuse(
             "[['conv1', 'bn1', 'relu']], or leave it out: the chains are found without it."
         ) from error
     _erase_identities(graph_module)
-    return found
 
 
 def is_called_once(graph: fx.Graph, name: str) -> bool:

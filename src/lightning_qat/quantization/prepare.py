@@ -10,6 +10,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, fx, nn
 from torch.ao import quantization as tq
 from torch.ao.nn.intrinsic import _FusedModule
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qat.errors import UserError
 from lightning_qat.quantization.functions import functions_to_modules
@@ -42,9 +43,12 @@ class FakeQuantisedNetwork(fx.GraphModule):
         """Check that weights are loaded that were rounded in the same way.
 
         Raises:
-            UserError: they were not.
+            UserError: they were not, or the scheme is damaged.
         """
-        trained = json.loads(bytes(state.tolist()))
+        try:
+            trained = json.loads(bytes(state.tolist()))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"the scheme in this checkpoint is damaged: {error}") from error
         if trained != self.scheme:
             raise UserError(
                 f"this checkpoint was trained with {trained}, and this network is prepared with "
@@ -80,7 +84,8 @@ def prepare_qat(
     """
     overrides = overrides or {}
     types = {name: type(module) for name, module in net.named_modules()}
-    modes = {name: module.training for name, module in net.named_modules()}
+    originals = list(net.named_modules())  # fusing may drop some, whose ids others would take then
+    modes = _modes(originals)
     fuse_model: Any = getattr(net, "fuse_model", None)
     if chains is None and callable(fuse_model):
         net.train()
@@ -91,7 +96,7 @@ def prepare_qat(
     graph_module = trace(net)
     functions_to_modules(graph_module)
     _check_overrides(overrides, types, graph_module)
-    fused = fuse(graph_module, engine, chains)
+    fuse(graph_module, engine, chains)
 
     used: set[Any] = set()
 
@@ -126,7 +131,7 @@ def prepare_qat(
     prepared = FakeQuantisedNetwork(graph_module, graph_module.graph, type(net).__name__).to(device)
     prepared.meta |= {"in_float": in_float, "scheme": dict(scheme or {})}
     _initialise_weight_scales(prepared)
-    _restore_modes(prepared, modes, fused)
+    _restore_modes(prepared, modes)
     return prepared
 
 
@@ -163,12 +168,19 @@ def _initialise_weight_scales(prepared: nn.Module) -> None:
             layer.weight_fake_quant(layer.weight)
 
 
-def _restore_modes(prepared: nn.Module, modes: dict[str, bool], fused: list[list[str]]) -> None:
+def _modes(originals: list[tuple[str, nn.Module]]) -> dict[str | int, bool]:
+    """By name, by object, and by the weight of a batch-norm, which its fused form takes over."""
+    modes: dict[str | int, bool] = {}
+    for name, module in originals:
+        modes[name] = modes[id(module)] = module.training
+        if isinstance(module, _BatchNorm) and module.weight is not None:
+            modes[id(module.weight)] = module.training
+    return modes
+
+
+def _restore_modes(prepared: nn.Module, modes: dict[str | int, bool]) -> None:
     """What was in evaluation mode, such as a frozen batch-norm, stays in it."""
-    prepared.train(modes[""])
     for name, module in prepared.named_modules():
-        module.training = modes.get(name, modes[""])
-    for first, second, *_ in fused:
-        bn = getattr(prepared.get_submodule(first), "bn", None)
-        if bn is not None:
-            bn.training = modes.get(second, modes[""])
+        weight = module.weight if isinstance(module, _BatchNorm) else None
+        keys = [key for key in (id(module), id(weight), name) if key in modes]
+        module.training = modes[keys[0] if keys else ""]
