@@ -1,6 +1,7 @@
 """A run that was broken off and continued is the run that was not."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +65,44 @@ class Scripted(SmallModule):
         self.log("val/accuracy", (0.5, 0.9, 0.6, 0.7)[self.current_epoch])
 
 
-def test_the_best_epoch_before_the_break_stays_the_best(tmp_path: Path) -> None:
-    def fit(folder: Path, max_epochs: int, ckpt_path: Path | None = None) -> ContinuedCheckpoint:
-        best = ContinuedCheckpoint(folder, "best", "val/accuracy", mode="max")
-        last = ContinuedCheckpoint(folder, "last", save_on_train_epoch_end=True)
-        trainer = trainer_with(best, last, folder=folder, max_epochs=max_epochs)
-        trainer.fit(Scripted(), loader(), loader(), ckpt_path=ckpt_path, weights_only=True)
-        return best
+def fit_scripted(
+    folder: Path, max_epochs: int, ckpt_path: Path | None = None
+) -> ContinuedCheckpoint:
+    best = ContinuedCheckpoint(folder, "best", "val/accuracy", mode="max")
+    last = ContinuedCheckpoint(folder, "last", save_on_train_epoch_end=True)
+    trainer = trainer_with(best, last, folder=folder, max_epochs=max_epochs)
+    trainer.fit(Scripted(), loader(), loader(), ckpt_path=ckpt_path, weights_only=True)
+    return best
 
-    before = fit(tmp_path / "before", 2)
-    after = fit(tmp_path / "after", 4, tmp_path / "before" / "last.ckpt")
+
+@pytest.mark.parametrize("continued_in", ["elsewhere", "moved"])
+@pytest.mark.parametrize("meanwhile", ["there", "moved", "another run in its place"])
+def test_the_best_epoch_before_the_break_stays_the_best(
+    meanwhile: str, continued_in: str, tmp_path: Path
+) -> None:
+    fit_scripted(tmp_path / "before", 2)
+    expected = (tmp_path / "before" / "best.ckpt").read_bytes()
+    shutil.copytree(tmp_path / "before", tmp_path / "moved")
+    if meanwhile != "there":
+        shutil.rmtree(tmp_path / "before")
+    if meanwhile == "another run in its place":
+        fit_scripted(tmp_path / "before", 1)
+    after = fit_scripted(tmp_path / continued_in, 4, tmp_path / "moved" / "last.ckpt")
     assert after.best_model_score is not None
     assert after.best_model_score.item() == pytest.approx(0.9)
-    assert Path(after.best_model_path).parent == tmp_path / "after"
-    assert Path(after.best_model_path).read_bytes() == Path(before.best_model_path).read_bytes()
+    assert after.best_model_path == str(tmp_path / continued_in / "best.ckpt")
+    assert (tmp_path / continued_in / "best.ckpt").read_bytes() == expected
+
+
+def test_a_best_checkpoint_that_is_gone_does_not_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit_scripted(tmp_path / "before", 2)
+    (tmp_path / "before" / "best.ckpt").unlink()
+    after = fit_scripted(tmp_path / "after", 4, tmp_path / "before" / "last.ckpt")
+    assert after.best_model_score is not None
+    assert after.best_model_score.item() == pytest.approx(0.7)
+    assert "best.ckpt is gone" in caplog.text
 
 
 def test_what_is_continued_behind_its_last_epoch_has_its_checkpoint(tmp_path: Path) -> None:

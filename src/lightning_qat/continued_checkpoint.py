@@ -1,14 +1,18 @@
 """The best and the last checkpoint of a run, also where it is continued in another folder."""
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_qat.atomic import atomic_path
 from lightning_qat.checkpoint import read_checkpoint
+
+log = logging.getLogger(__name__)
 
 
 class ContinuedCheckpoint(ModelCheckpoint):
@@ -19,20 +23,40 @@ class ContinuedCheckpoint(ModelCheckpoint):
     was broken off behind its last epoch would leave no checkpoint.
     """
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Lightning calls this before ``load_state_dict``."""
+        self._resumed_from = Path(trainer.ckpt_path or "")
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy the checkpoint so far to this run's folder, and keep its score."""
-        before = Path(state_dict["best_model_path"])  # the last one's, too
-        if state_dict["dirpath"] != self.dirpath and self.dirpath and before.is_file():
-            read_checkpoint(before, "delete it to continue without it.")
-            here = Path(self.dirpath) / before.name
-            _copy(before, here)
-            state_dict = state_dict | {
-                "dirpath": self.dirpath,
-                "best_model_path": str(here),
-                "kth_best_model_path": str(here),
-                "best_k_models": {str(here): state_dict["best_model_score"]},
-            }
+        if self.dirpath not in (None, state_dict["dirpath"]) and state_dict["best_model_path"]:
+            state_dict = state_dict | self._found(state_dict)
         super().load_state_dict(state_dict)
+
+    def _found(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Of the paths in ``state_dict``, where their file is now."""
+        before = Path(state_dict["best_model_path"])  # the last one's, too
+        here = Path(str(self.dirpath)) / before.name
+        score = state_dict["best_model_score"]
+        # the folder may have been moved meanwhile, and another run may have taken its place
+        for file in (here, self._resumed_from.with_name(before.name), before):
+            if file.is_file() and self._score_in(file) == score:
+                if file != here:
+                    _copy(file, here)
+                return {
+                    "dirpath": self.dirpath,
+                    "best_model_path": str(here),
+                    "kth_best_model_path": str(here),
+                    "best_k_models": {str(here): score},
+                }
+        log.warning("%s is gone or another one: the best epoch before does not count", before)
+        return {"best_model_path": ""}
+
+    def _score_in(self, file: Path) -> Any:
+        checkpoint = read_checkpoint(file, "delete it to continue without it.")
+        return checkpoint.get("callbacks", {}).get(self.state_key, {}).get("best_model_score")
 
 
 @rank_zero_only

@@ -58,7 +58,7 @@ CIFAR10 = (
 )
 FETCHED = (
     *(STARTING, LOADING),
-    Phase("fetching", "root/download-*"),
+    Phase("fetching", "root/.cifar10-download-*"),
     Phase("unpacking and decoding", "fetched"),
     Phase("caching", "root/cifar10.np*[dz]"),
     Phase("training", "root/cifar10.npz"),

@@ -151,7 +151,9 @@ def test_qat_is_worth_it_beyond_the_noise_only(qat_wins: float, said: str, tmp_p
         {"model": "resnet18_imagenet_stem"},
         {"stage": "qat"},
         {"accuracy": {"fp32": 0.5, "int8": 0.5}},
-        {"command": "python train.py stage=ptq data=digits overrides={fc:null}"},
+        {"command": "python train.py stage=ptq data=digits 'overrides={fc:null}'"},
+        {"command": "python train.py stage=ptq data=digits only=fc"},
+        {"command": "python train.py stage=ptq data=digits qconfig.weight_bits=4"},
     ],
 )
 def test_other_runs_are_not_compared_with(change: dict[str, object], tmp_path: Path) -> None:

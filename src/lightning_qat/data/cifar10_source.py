@@ -11,8 +11,8 @@ from lightning_qat.data.cifar10_files import LOCAL_SOURCES, decode, find_local
 from lightning_qat.data.cifar10_records import Records, WrongContentError, check_digests
 from lightning_qat.errors import UserError
 
-DOWNLOAD_PREFIX = "download-"
-"""How the folders begin that downloads are put into."""
+DOWNLOAD_PREFIX = ".cifar10-download-"
+"""How the folders begin that downloads are put into, and nobody else's."""
 
 log = logging.getLogger(__name__)
 

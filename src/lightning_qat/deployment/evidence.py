@@ -19,9 +19,9 @@ class Evidence:
             first 24.
         sample_indices: int64 K, their indices in the test set.
         layers: worst first, empty without INT8. Keys: ``name``, ``kind``, ``sqnr_db`` (INT8 output
-            against float, end to end), ``own_sqnr_db`` (only this layer quantised), ``weight_min``
-            and ``weight_max`` (None where there is no weight), ``activation_min``,
-            ``activation_max``, ``clipped`` (share, 0..1).
+            against float, end to end), ``own_sqnr_db`` (only this layer quantised; both None
+            without noise or signal), ``weight_min`` and ``weight_max`` (None where there is no
+            weight), ``activation_min``, ``activation_max``, ``clipped`` (share, 0..1).
         files: the artifacts. Keys: ``name``, ``bytes``, ``runtime`` (``TorchScript``,
             ``ONNX Runtime``, ``OpenVINO``), ``how_to_load`` (about five lines of Python), and what
             else the file says of itself.

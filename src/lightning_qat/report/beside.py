@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ Curve = tuple[list[int], list[float]]  # steps, values
 
 # What a QAT and a PTQ run must share so that the two differ in method only.
 _SAME = ("data", "model", "qconfig", "seed")
-_SAME_ARGUMENTS = ("overrides=", "allow_saturation=")
+_SAME_ARGUMENTS = ("overrides=", "only=", "qconfig.", "allow_saturation=")
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
@@ -62,11 +63,12 @@ def _comparable(other: Any, metrics: dict[str, Any]) -> bool:
 
 
 def _deciding_arguments(metrics: dict[str, Any]) -> set[str]:
-    return {word for word in metrics["command"].split() if word.startswith(_SAME_ARGUMENTS)}
+    return {word for word in shlex.split(metrics["command"]) if word.startswith(_SAME_ARGUMENTS)}
 
 
 def command_for(stage: str, metrics: dict[str, Any]) -> str:
     """The command of a run, with another stage."""
     of_one_run = ("stage=", "ckpt_path=", "trainer.max_epochs=")
-    words = [word for word in metrics["command"].split()[2:] if not word.startswith(of_one_run)]
-    return " ".join(["python train.py", f"stage={stage}", *words])
+    words = shlex.split(metrics["command"])[2:]
+    others = [word for word in words if not word.startswith(of_one_run)]
+    return shlex.join(["python", "train.py", f"stage={stage}", *others])

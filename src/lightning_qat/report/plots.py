@@ -122,13 +122,13 @@ def layers(worst: Sequence[dict[str, Any]]) -> Markup:
         figure, axes = named_rows([x if len(x) < 28 else f"{CUT}{x[-26:]}" for x in names])
         for row, layer in enumerate(worst):
             ends = [layer["sqnr_db"], layer["own_sqnr_db"]]
-            if all(math.isfinite(end) for end in ends):
+            if None not in ends:
                 axes.plot(ends, [row, row], color=COLOURS["line"], linewidth=2, zorder=1)
         for key, colour, label in (
             ("own_sqnr_db", "ptq", "only this layer quantised"),
             ("sqnr_db", "int8", "whole network quantised"),
         ):
-            values = [layer[key] if math.isfinite(layer[key]) else math.nan for layer in worst]
+            values = [math.nan if layer[key] is None else layer[key] for layer in worst]
             rows = range(len(worst))
             axes.plot(values, rows, "o", color=COLOURS[colour], markersize=5, label=label)
         axes.set_xlabel("SQNR, dB (right is better)")

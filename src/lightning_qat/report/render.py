@@ -1,6 +1,5 @@
 """Pages from templates: how numbers are written in all of them, and that they are whole."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,8 @@ def points(share: float) -> str:
     return f"{points:+.2f}".replace("-", "\N{MINUS SIGN}") if points else "0.00"
 
 
-def _decibels(ratio: float) -> str:
-    return f"{ratio:.1f}" if math.isfinite(ratio) else "exact"
+def _decibels(ratio: float | None) -> str:
+    return "none" if ratio is None else f"{ratio:.1f}"
 
 
 def _short(number: float) -> str:
