@@ -1,11 +1,13 @@
 """Data files that are damaged, hostile or not the official ones: named, and nothing is left."""
 
+import gzip
 import io
 import json
 import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,6 +91,37 @@ def tar_bomb(root: Path, batches: Batches) -> None:
     binary(root, batches, data_batch_1=bytes(LARGEST_MEMBER + 1))
 
 
+def header_bomb(root: Path, batches: Batches) -> None:
+    """It says that the name of its member has eight gigabytes."""
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 2**33
+    content = header.tobuf(tarfile.GNU_FORMAT)
+    (root / "cifar-10-python.tar.gz").write_bytes(gzip.compress(content))
+
+
+class Array:
+    """Its pickle has numpy make an array out of addresses."""
+
+    def __reduce__(self) -> Any:
+        return np.ndarray, ((1,), np.dtype("O"), bytes(8))
+
+
+def addresses(root: Path, batches: Batches) -> None:
+    python(root, batches, {"labels": Array(), "data": batches["test_batch"][:, 1:].copy()})
+
+
+def wider_numbers(root: Path, batches: Batches) -> None:
+    data = batches["test_batch"][:, 1:].astype(np.uint16)
+    python(root, batches, {"labels": [1] * 20, "data": data})
+
+
+def unfolding_labels(root: Path, batches: Batches) -> None:
+    labels: list[Any] = [1] * 10
+    for _ in range(12):
+        labels = [labels] * 10
+    python(root, batches, {"labels": labels, "data": batches["test_batch"][:, 1:].copy()})
+
+
 def folder_bomb(root: Path, batches: Batches) -> None:
     write_folder(root, binary_members(batches))
     with (root / "cifar-10-batches-bin" / "data_batch_1.bin").open("r+b") as file:
@@ -123,6 +156,10 @@ CIFAR10: dict[str, tuple[Spoil, str]] = {
     "symbolic link": (linked(tarfile.SYMTYPE), "cannot be read as CIFAR-10"),
     "hard link": (linked(tarfile.LNKTYPE), "cannot be read as CIFAR-10"),
     "device": (linked(tarfile.CHRTYPE), "test_batch.bin not in it"),
+    "an array of addresses": (addresses, "test_batch cannot be read .*not callable"),
+    "wider numbers": (wider_numbers, "test_batch cannot be read .*not bytes"),
+    "labels that unfold to terabytes": (unfolding_labels, "test_batch cannot be read"),
+    "header bomb": (header_bomb, "it unpacks to more than any archive"),
     "tar bomb": (tar_bomb, "data_batch_1.bin has 40000001 bytes, more than any"),
     "sparse file": (folder_bomb, "data_batch_1.bin has 1099511627776 bytes, more than any"),
     "pipe in the folder": (pipe_in_the_folder, "test_batch.bin is no file"),

@@ -26,16 +26,36 @@ TRAIN_LABELS, TEST_LABELS = "train_lables.json", "test_lables.json"
 PNG_MEMBERS = {f"{name}.png" for name in BATCHES} | {TRAIN_LABELS, TEST_LABELS}
 
 
-_ADMITTED: dict[str, Callable[..., Any]] = {
-    # an empty array, which the pickle then fills: numpy's own function is not public
-    "_reconstruct": lambda *_: np.empty(0, np.uint8),
-    "ndarray": np.ndarray,
-    "dtype": np.dtype,
+class _DType:
+    """Stands for numpy's."""
+
+    def __init__(self, name: bytes, *_: Any) -> None:
+        self.name = name
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Array:
+    """Stands for numpy's own, which a pickle may fill with addresses of its choice."""
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, by_columns, content = state
+        if dtype.name != b"u1":
+            raise ValueError(f"its numbers are {dtype.name}, not bytes")
+        order: Any = "F" if by_columns else "C"
+        self.content = np.frombuffer(content, np.uint8).reshape(shape, order=order)
+
+
+_ADMITTED: dict[str, Callable[..., Any] | None] = {
+    "_reconstruct": lambda *_: _Array(),  # empty: the pickle then fills it
+    "ndarray": None,  # an argument of it
+    "dtype": _DType,
 }
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads numpy arrays and plain containers; calls nothing else a pickle may name."""
+    """Reads arrays of bytes and plain containers; calls nothing that a pickle may name."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         if module_name.partition(".")[0] == "numpy" and global_name in _ADMITTED:
@@ -46,7 +66,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 def decode_pickle(members: Mapping[str, bytes], name: str) -> Records:
     """Decode `cifar-10-batches-py`: a pickle of Python 2's {b"data": N x 3072, b"labels": list}."""
     content = _ArrayUnpickler(io.BytesIO(members[name]), encoding="bytes").load()
-    return packed(content[b"labels"], content[b"data"])
+    return packed(content[b"labels"], content[b"data"].content)
 
 
 def decode_binary(members: Mapping[str, bytes], name: str) -> Records:

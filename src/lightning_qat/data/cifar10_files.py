@@ -1,5 +1,6 @@
 """CIFAR-10 from files: the folders and archives it is published in."""
 
+import gzip
 import tarfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ class Form:
 
 LARGEST_MEMBER = 40_000_000
 """Bytes, in memory: a batch has 31 million, and a few packed bytes may stand for gigabytes."""
+
+LARGEST_ARCHIVE = 8 * LARGEST_MEMBER
+"""Bytes, unpacked: the official ones have 186 million."""
 
 PYTHON = Form("cifar-10-batches-py", PICKLE_MEMBERS, decode_pickle)
 BINARY = Form("cifar-10-batches-bin", BINARY_MEMBERS, decode_binary)
@@ -87,6 +91,22 @@ def _read_folder(path: Path, form: Form, progress: Progress) -> dict[str, bytes]
     return {name: (path / name).read_bytes() for name in names}
 
 
+class _Unpacked(gzip.GzipFile):
+    """Gives no more than LARGEST_ARCHIVE: tarfile reads a header whole, however long it says it is.
+
+    Raises:
+        ValueError: more is asked for.
+    """
+
+    left = LARGEST_ARCHIVE
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= self.left:
+            raise ValueError("it unpacks to more than any archive of CIFAR-10")
+        self.left -= size
+        return super().read(size)
+
+
 def _read_archive(path: Path, form: Form, progress: Progress) -> dict[str, bytes]:
     """Nothing is written to disk: a member's name can do no harm."""
     if not path.is_file():
@@ -95,7 +115,8 @@ def _read_archive(path: Path, form: Form, progress: Progress) -> dict[str, bytes
     expected = {f"{form.folder}/{name}": name for name in form.members}
     with (
         progress.open(path, "rb", description=f"Reading {path.name}") as packed,
-        tarfile.open(fileobj=packed, mode="r|gz") as archive,
+        _Unpacked(fileobj=packed) as unpacked,
+        tarfile.open(fileobj=unpacked, mode="r:") as archive,
     ):
         for entry in archive:
             if entry.name in expected and (content := archive.extractfile(entry)):

@@ -41,7 +41,9 @@ def packed(labels: Sequence[int] | NDArray[np.uint8], pixels: NDArray[np.uint8])
     """
     if pixels.ndim != 2 or pixels.shape[1] != IMAGE_BYTES or pixels.dtype != np.uint8:
         raise ValueError(f"pixels are {pixels.dtype} {pixels.shape}, not uint8 (N, {IMAGE_BYTES})")
-    return np.concatenate([np.asarray(labels, np.uint8)[:, None], pixels], axis=1)
+    # not np.asarray, which would unfold lists of lists of lists
+    column = np.frombuffer(bytes(list(labels)), np.uint8)
+    return np.concatenate([column[:, None], pixels], axis=1)
 
 
 def unpacked(batches: Sequence[Records]) -> tuple[Tensor, Tensor]:
