@@ -58,6 +58,27 @@ def test_same_weights_and_scales_as_without_the_break(
     assert metrics[0]["accuracy"] == metrics[1]["accuracy"]
 
 
+def test_a_run_is_not_continued_with_other_weights_than_it_began_with(
+    train: Train, road: Road, tmp_path: Path
+) -> None:
+    weights, run = tmp_path / "fp32.ckpt", tmp_path / "run"
+    shutil.copyfile(road.fp32_ckpt, weights)
+    args = ["data=digits", "stage=qat", "trainer.limit_train_batches=2", f"fp32_ckpt={weights}"]
+    args += ["export_onnx=false", "trainer.max_epochs=1", f"output_dir={tmp_path}"]
+    assert train(*args, f"hydra.run.dir={run}")[0] == 0
+    checkpoint = torch.load(weights, weights_only=True)
+    for x in checkpoint["state_dict"].values():
+        x += 1
+    torch.save(checkpoint, weights)
+    goes_on = [f"hydra.run.dir={tmp_path}/on", f"ckpt_path={run}/checkpoints/last.ckpt"]
+    status, printed = train(*args, *goes_on)
+    assert status == 2, printed
+    assert f"{weights} holds other weights than when this run began" in printed
+    shutil.copyfile(road.fp32_ckpt, weights)
+    status, printed = train(*args, *goes_on)
+    assert status == 0, printed
+
+
 class Scripted(SmallModule):
     """Its validation accuracies are known beforehand."""
 

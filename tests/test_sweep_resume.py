@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
 from lightning_qat import resume
 from lightning_qat.curves import CurvesLogger, _rows_before
+from lightning_qat.errors import UserError
 from lightning_qat.report.metrics import read_objective
 from tests.conftest import TRAIN, Road, Train, run_train
 
@@ -90,17 +94,50 @@ def planted(file: Path, *overrides: str) -> None:
         torch.save({"callbacks": {"MadeWith": {"overrides": list(overrides)}}}, file)
 
 
+@pytest.mark.parametrize("trainer", ["cpu", "ddp_cpu"])
 @pytest.mark.parametrize("file", ["metrics.json", "checkpoints/last.ckpt"])
-def test_two_jobs_of_a_sweep_do_not_share_a_folder(file: str, train: Train, tmp_path: Path) -> None:
+def test_two_jobs_of_a_sweep_do_not_share_a_folder(
+    file: str, trainer: str, train: Train, tmp_path: Path
+) -> None:
     planted(tmp_path / "one" / file, "seed=0")
     before = (tmp_path / "one" / file).read_bytes()
-    status, printed = train(
-        "-m", *QUICK, "seed=1", f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=one"
-    )
+    folders = (f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=one")
+    status, printed = train("-m", *QUICK, f"trainer={trainer}", "seed=1", *folders)
     assert status == 2
     assert "there seed=0" in printed
     assert "hydra.job.num" in printed
     assert (tmp_path / "one" / file).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("hydra.sweep.subdir=a/b", "directly in the sweep's"),
+        ("hydra.sweep.subdir=..", "directly in the sweep's"),
+        ("hydra.output_subdir=null", "know its jobs by .hydra/"),
+    ],
+)
+def test_jobs_that_a_report_would_not_find_do_not_begin(
+    argument: str, words: str, train: Train, tmp_path: Path
+) -> None:
+    status, printed = train("-m", *QUICK, f"hydra.sweep.dir={tmp_path}/sweep", argument)
+    assert status == 2
+    assert words in printed
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_search_that_takes_another_course_overwrites_nothing(tmp_path: Path) -> None:
+    planted(tmp_path / "3" / "metrics.json", "seed=0")
+    hydra: Any = OmegaConf.create(
+        {
+            "mode": RunMode.MULTIRUN,
+            "runtime": {"output_dir": f"{tmp_path}/3"},
+            "sweep": {"dir": f"{tmp_path}"},
+            "overrides": {"task": ["seed=1"]},
+        }
+    )
+    with pytest.raises(UserError, match=r"there seed=0, here seed=1.*another course"):
+        resume.refuse_shared_folder(OmegaConf.create({"resume": True}), hydra)
 
 
 def test_no_job_goes_on_from_a_checkpoint_of_another_or_a_damaged_one(
@@ -241,6 +278,26 @@ def test_curves_go_on_at_the_step_of_the_checkpoint(to: str, tmp_path: Path) -> 
     logger.save()
     lines = (tmp_path / to / "csv" / "metrics.csv").read_text().split()
     assert lines == ["loss,step", "0.5,1", "0.25,3", "0.125,5"]
+
+
+def test_curves_outlive_a_resumed_run_that_is_killed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("csv", "checkpoints"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "csv" / "metrics.csv").write_text("loss,step\n0.5,1\n")
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    torch.save({"global_step": 9}, last)
+    settings: dict[str, Any] = {"save_dir": tmp_path, "name": "csv", "version": ""}
+    with monkeypatch.context() as patch:
+        patch.setattr(ExperimentWriter, "save", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            CurvesLogger(str(last), **settings).log_metrics({"loss": 0.25}, step=2)
+    again = CurvesLogger(str(last), **settings)
+    again.log_metrics({"loss": 0.25}, step=2)
+    again.save()
+    (file,) = (tmp_path / "csv").iterdir()
+    assert file.read_text().split() == ["loss,step", "0.5,1", "0.25,2"]
 
 
 def test_a_row_without_names_is_left_out_of_the_curves(tmp_path: Path) -> None:

@@ -125,6 +125,7 @@ def job(task: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], fl
             with in_use.alone_in(folder) if own_folder else nullcontext():
                 if search.is_one(hydra):
                     search.check(cfg)
+                resume.refuse_shared_folder(cfg, hydra)
                 if processes.wanted(cfg):
                     _run_in_processes(hydra, script, failure)
                     found = read_objective(folder)

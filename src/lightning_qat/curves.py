@@ -11,6 +11,9 @@ from pytorch_lightning.loggers.logger import rank_zero_experiment
 
 from lightning_qat.checkpoint import read_checkpoint
 
+_FILE = ExperimentWriter.NAME_METRICS_FILE
+_KEPT = "before_the_break.csv"
+
 
 class CurvesLogger(CSVLogger):
     """A CSVLogger that begins with the rows of before the break.
@@ -32,18 +35,24 @@ class CurvesLogger(CSVLogger):
         """What writes the file."""
         if self._experiment is not None or self._resumed_from is None:
             return super().experiment
-        rows = _rows_before(Path(self._resumed_from))
+        checkpoint = Path(self._resumed_from)
+        rows = _rows_before(checkpoint)
+        own, kept = Path(self.log_dir) / _FILE, Path(self.log_dir) / _KEPT
+        if own.exists() and not kept.exists():
+            own.replace(kept)  # so that the rows are somewhere at any moment
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the file will be deleted
             writer = super().experiment
         writer.metrics.extend(rows)
         writer.save()
+        kept.unlink(missing_ok=True)
         return writer
 
 
 def _rows_before(checkpoint: Path) -> list[dict[str, Any]]:
-    file = checkpoint.resolve().parents[1] / "csv" / ExperimentWriter.NAME_METRICS_FILE
-    if not file.exists():
+    folder = checkpoint.resolve().parents[1] / "csv"
+    file = next((folder / name for name in (_KEPT, _FILE) if (folder / name).exists()), None)
+    if file is None:
         return []
     steps = read_checkpoint(checkpoint, "name another one.")["global_step"]
     text = file.read_text()

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from lightning_qat.atomic import remove_partials
 from lightning_qat.errors import UserError
@@ -42,8 +43,8 @@ def alone_in(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise UserError(refusal(folder)) from error
     try:
-        lock_file.write_bytes(bytes(_ROOM))
-        lock_file.write_bytes(b"")
+        with TemporaryFile(dir=folder) as room:
+            room.write(bytes(_ROOM))
         for place in (folder, folder / "checkpoints"):
             remove_partials(place)
         yield

@@ -1,5 +1,6 @@
 """Which arguments made a checkpoint, kept in the checkpoint itself."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -7,18 +8,40 @@ import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 
 from lightning_qat.checkpoint import read_checkpoint
+from lightning_qat.errors import UserError
 from lightning_qat.overrides import as_typed
 
 
 class MadeWith(pl.Callback):
-    """Puts the arguments of the command into each checkpoint, so that both are written at once."""
+    """Puts the arguments of the command into each checkpoint, so that both are written at once.
 
-    def __init__(self) -> None:
+    Args:
+        weights: the file that the run starts from, if any: an argument whose content may change.
+    """
+
+    def __init__(self, weights: str | None) -> None:
         self.overrides = as_typed(HydraConfig.get().overrides.task)
+        self.weights, self.digest = weights, None
+        if weights is not None:
+            with Path(weights).open("rb") as file:
+                self.digest = hashlib.file_digest(file, "sha256").hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
         """What Lightning puts into the checkpoint."""
-        return {"overrides": self.overrides}
+        return {"overrides": self.overrides, "weights": self.digest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that the run is continued with the weights that it started from.
+
+        Raises:
+            UserError: another run has written its own to that file.
+        """
+        if state_dict.get("weights") not in (None, self.digest):
+            raise UserError(
+                f"{self.weights} holds other weights than when this run began: FP32, distillation "
+                "and comparisons would be those of another network. Put the old file there, or "
+                "start this run again in another folder."
+            )
 
 
 def made_with(checkpoint: Path) -> list[str]:

@@ -72,6 +72,11 @@ def refused_sweep(config: DictConfig) -> str | None:
         return message
     if config.resume and _is_named_by_time(config.hydra.sweep):
         return _nowhere("hydra.sweep.dir=FOLDER", "sweep")
+    if config.hydra.output_subdir != ".hydra":
+        return (
+            f"hydra.output_subdir={config.hydra.output_subdir} is not permitted in a sweep: its "
+            "report and resume=true know its jobs by .hydra/. Leave it out."
+        )
     if any(in_use.is_in_use(place) for place in (folder, *folder.glob("*/"))):
         return in_use.refusal(folder)
     if not any(folder.glob("*/.hydra/hydra.yaml")):
@@ -110,30 +115,49 @@ def is_finished(folder: Path, overrides: Iterable[str]) -> bool:
     )
 
 
-def prepare(cfg: DictConfig, hydra: HydraConf) -> None:
-    """Let the job go on from its own checkpoint, if it may and there is one.
+def refuse_shared_folder(cfg: DictConfig, hydra: HydraConf) -> None:
+    """Check that each job of a sweep has a folder to itself, directly in that of the sweep.
 
     Raises:
-        UserError: another job of this sweep has used the folder.
+        UserError: another job of this sweep has used the folder, or it lies elsewhere.
     """
+    if hydra.mode != RunMode.MULTIRUN:
+        return
     folder, overrides = Path(hydra.runtime.output_dir), as_typed(hydra.overrides.task)
-    if not cfg.resume:
-        if hydra.mode == RunMode.MULTIRUN:  # the sweep's folder was empty when it started
-            try:
-                refuse_another_job(folder, overrides)
-            except UserError as error:
-                raise UserError(
-                    f"{error} Both are jobs of this sweep: put ${{hydra.job.num}} into "
-                    "hydra.sweep.subdir, and name another folder with hydra.sweep.dir=FOLDER."
-                ) from error
-    else:  # also where it began from another's: its own is later
-        last = folder / "checkpoints" / "last.ckpt"
+    if folder.resolve().parent != Path(hydra.sweep.dir).resolve():
+        raise UserError(
+            f"hydra.sweep.subdir={hydra.sweep.subdir} is no name of one folder, such as "
+            "${hydra.job.num}: reports and resume=true look for jobs directly in the sweep's."
+        )
+    done, now = _finished_with(folder), _arguments(overrides)
+    if cfg.resume and done not in (None, now):  # what the sweeper of a search suggests may change
+        raise UserError(
+            f"{folder} holds the results of another job: {_difference(done or {}, now)}. The "
+            "search takes another course than before, as it does where a job that failed now ends "
+            "well. Start it again in another folder, hydra.sweep.dir=FOLDER."
+        )
+    if not cfg.resume:  # the sweep's folder was empty when it started
         try:
-            if _trained_with(last) == _arguments(overrides):
-                log.info("goes on from %s", last)
-                cfg.ckpt_path = str(last)
+            refuse_another_job(folder, overrides)
         except UserError as error:
-            log.warning("starts again: %s", error)
+            raise UserError(
+                f"{error} Both are jobs of this sweep: put ${{hydra.job.num}} into "
+                "hydra.sweep.subdir, and name another folder with hydra.sweep.dir=FOLDER."
+            ) from error
+
+
+def prepare(cfg: DictConfig, hydra: HydraConf) -> None:
+    """Let the job go on from its own checkpoint, if it may and there is one."""
+    if not cfg.resume:
+        return
+    folder, overrides = Path(hydra.runtime.output_dir), as_typed(hydra.overrides.task)
+    last = folder / "checkpoints" / "last.ckpt"
+    try:  # also where it began from another's: its own is later
+        if _trained_with(last) == _arguments(overrides):
+            log.info("goes on from %s", last)
+            cfg.ckpt_path = str(last)
+    except UserError as error:
+        log.warning("starts again: %s", error)
 
 
 def refuse_another_job(folder: Path, overrides: Iterable[str]) -> None:

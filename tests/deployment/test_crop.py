@@ -69,6 +69,18 @@ def test_a_3x3_kernel_keeps_what_meets_the_map(size: int, left: int) -> None:
     assert proto.graph.initializer[0].dims[3] == 3  # one more column than rows
 
 
+def test_a_map_of_unknown_size_is_left_alone() -> None:
+    weight = numpy_helper.from_array(np.ones((1, 1, 3, 3), np.float32), "w")
+    node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])
+    odd = helper.make_node("Unknown", ["image"], ["x"], domain="somebody's")
+    image, y = (helper.make_tensor_value_info(name, 1, None) for name in ("image", "y"))
+    graph = helper.make_graph([odd, node], "net", [image], [y], [weight])
+    known = [helper.make_opsetid("", 20), helper.make_opsetid("somebody's", 1)]
+    proto = helper.make_model(graph, opset_imports=known)
+    crop_kernels(proto)
+    assert numpy_helper.to_array(proto.graph.initializer[0]).shape == (1, 1, 3, 3)
+
+
 def test_weights_with_two_readers_stay_whole() -> None:
     proto = convolution(1, 3, [1, 1, 1, 1], 1, 1)
     other = helper.make_node("Identity", ["w"], ["also"])

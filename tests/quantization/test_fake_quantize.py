@@ -17,7 +17,7 @@ from lightning_qat.quantization import QCONFIGS
 from lightning_qat.quantization.conv_bn import QAT_WITH_BATCH_NORM
 from lightning_qat.quantization.fake_quantize import MovingAverageObserver
 from lightning_qat.quantization.prepare import prepare_qat
-from lightning_qat.quantization.qconfig import per_tensor_symmetric, x86
+from lightning_qat.quantization.qconfig import make_qconfig, per_tensor_symmetric, x86
 
 
 @pytest.mark.parametrize("observes", [True, False])
@@ -69,6 +69,14 @@ def test_scales_are_those_of_torchs_observer(qscheme: torch.qscheme, highest: in
         torchs(x)
         for one, other in zip(ours.calculate_qparams(), torchs.calculate_qparams(), strict=True):
             assert torch.equal(one.reshape(-1), other.reshape(-1))
+
+
+def test_symmetric_powers_of_two_keep_0_in_the_middle() -> None:
+    settings: Any = {"symmetric": True, "per_channel": False, "scales": "power_of_two"}
+    fake_quant: Any = make_qconfig("qnnpack", **settings).activation()
+    fake_quant(torch.linspace(-0.3, 0.9, 50))
+    assert torch.frexp(fake_quant.scale).mantissa == 0.5
+    assert fake_quant.zero_point == (fake_quant.quant_min + fake_quant.quant_max) // 2
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -156,6 +156,26 @@ def test_an_int8_model_stays_on_the_cpu(copied: bool, tmp_path: Path) -> None:
         nn.Sequential(model).to("meta")
 
 
+class SeesTheEngine(nn.Module):
+    """Notes for which of torch's engines it is copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engines: list[str] = []
+
+    def __deepcopy__(self, memo: Any) -> "SeesTheEngine":
+        self.engines.append(torch.backends.quantized.engine)
+        return self
+
+
+def test_a_copy_is_packed_for_the_same_engine(tmp_path: Path) -> None:
+    module, callback = SmallModule(), QuantizationAwareTraining("qnnpack")
+    trainer_with(callback, folder=tmp_path, max_epochs=1).fit(module, loader())
+    callback.int8_model.add_module("sees", sees := SeesTheEngine())
+    copy.deepcopy(callback.int8_model)
+    assert sees.engines == ["qnnpack"] != [torch.backends.quantized.engine]
+
+
 def test_a_network_that_computes_something_else_is_an_error() -> None:
     net = SmallNet()
     other = copy.deepcopy(net)

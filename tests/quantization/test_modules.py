@@ -276,7 +276,7 @@ def test_a_batch_norm_that_was_in_evaluation_mode_stays_in_it(
     mean = frozen.running_mean.clone()
     callback = QuantizationAwareTraining(freeze_batch_norm_epoch=1, **settings)
     trainer_with(callback, folder=tmp_path).fit(module, loader(), loader(seed=1))
-    norms = [x for x in module.net.modules() if isinstance(x, nn.BatchNorm2d)]
+    norms: list[Any] = [x for x in module.net.modules() if isinstance(x, nn.BatchNorm2d)]
     means = {x.weight is frozen.weight: x.running_mean for x in norms}
     assert torch.equal(means[True], mean)
     assert not torch.equal(means[False], torch.zeros(8))

@@ -16,19 +16,20 @@ def crop_kernels(proto: onnx.ModelProto) -> None:
     inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
     shapes = {
         value.name: [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
-        for value in (*inferred.value_info, *inferred.input)
+        for value in (*inferred.value_info, *inferred.input, *inferred.output)
     }
     producers = {output: node for node in proto.graph.node for output in node.output}
     weights = {weight.name: weight for weight in proto.graph.initializer}
     uses = Counter(name for node in proto.graph.node for name in node.input)
     for node in proto.graph.node:
-        if node.op_type != "Conv" or not all(shapes.get(node.input[0], [])[2:]):
+        sizes = shapes.get(node.input[0], [])[2:]
+        if node.op_type != "Conv" or not sizes or not all(sizes):
             continue
         name = node.input[1]
         if name in producers and producers[name].op_type == "DequantizeLinear":
             name = producers[name].input[0]
         if name in weights and uses[name] == uses[node.input[1]] == 1:
-            _crop(node, weights[name], shapes[node.input[0]][2:])
+            _crop(node, weights[name], sizes)
 
 
 def _crop(node: onnx.NodeProto, weight: onnx.TensorProto, sizes: list[int]) -> None:

@@ -11,6 +11,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_qat.errors import UserError
 from lightning_qat.quantization.convert import is_converted
+from lightning_qat.quantization.fake_quantize import (
+    KernelRangeFakeQuantize,
+    SymmetricFakeQuantize,
+)
 from lightning_qat.quantization.learned_scale import LearnedScaleFakeQuantize, learned_scales
 
 
@@ -94,7 +98,8 @@ def average_integers_as_integers(callback: Any) -> None:
     """Keep Lightning's weight averaging away from zero points and switches.
 
     As an integer, an average of 64 and 64 that is 63.99 becomes 63, one less every step. A zero
-    point follows from the averaged range instead, and switches are not averaged.
+    point follows from the averaged range instead, and so does a scale, which may have to be a power
+    of two. Switches are not averaged.
     """
     averaged: Any = callback._average_model
     if averaged is None:
@@ -113,7 +118,10 @@ def average_integers_as_integers(callback: Any) -> None:
                     continue
                 observer: Any = getattr(mean, "activation_post_process", None)
                 if hasattr(observer, "min_val") and observer.min_val.numel():
-                    zero_point: Any = mean.zero_point
-                    zero_point.copy_(observer.calculate_qparams()[1])
+                    if isinstance(mean, KernelRangeFakeQuantize | SymmetricFakeQuantize):
+                        mean.follow_range()
+                    else:  # torch's own
+                        zero_point: Any = mean.zero_point
+                        zero_point.copy_(observer.calculate_qparams()[1])
 
     averaged.update_parameters = update

@@ -32,6 +32,10 @@ class Int8Model(fx.GraphModule):
         """The quantised engine of torch that its weights are packed for."""
         return self.meta["engine"]
 
+    def __deepcopy__(self, memo: Any) -> Any:
+        with quantised_engine(self.engine):  # torch packs the weights of the copy anew
+            return super().__deepcopy__(memo)
+
     def _apply(self, fn: Any, recurse: bool = True) -> "Int8Model":
         """What ``to``, ``cuda`` and their like go through.
 

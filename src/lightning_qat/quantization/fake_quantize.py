@@ -126,21 +126,26 @@ class KernelRangeFakeQuantize(SwitchedFakeQuantize):
         """Fake-quantise ``X`` (any shape, float32), first observing it where that is enabled."""
         if self.observes:
             self.activation_post_process(X.detach())
-            seen: Any = self.activation_post_process
-            scale, zero_point = seen.calculate_qparams()
-            # What has been 0 throughout may have any scale. torch's, 2^-23, makes steps of the next
-            # layer's sums so small that its bias overflows 32 bits.
-            only_zeros = torch.hypot(seen.min_val, seen.max_val) == 0
-            scale = torch.where(only_zeros, 1 / (self.quant_max - self.quant_min), scale)
-            if self.power_of_two:
-                own, scale = scale, _power_of_two(scale)
-                zero_point = torch.round((zero_point - self.quant_min) * (own / scale))
-                zero_point = zero_point + self.quant_min
-            self.scale.copy_(scale)
-            self.zero_point.copy_(zero_point)
+            self.follow_range()
         if not self.rounds:
             return X
         return _RoundAndClip.apply(X, self.scale, self.zero_point, *self.limits)
+
+    def follow_range(self) -> None:
+        """Set scale and zero point by the range that the observer has."""
+        seen: Any = self.activation_post_process
+        scale, zero_point = seen.calculate_qparams()
+        # What has been 0 throughout may have any scale. torch's, 2^-23, makes steps of the next
+        # layer's sums so small that its bias overflows 32 bits.
+        only_zeros = torch.hypot(seen.min_val, seen.max_val) == 0
+        scale = torch.where(only_zeros, 1 / (self.quant_max - self.quant_min), scale)
+        if self.power_of_two:
+            own, scale = scale, _power_of_two(scale)
+            if self.qscheme != torch.per_tensor_symmetric:  # whose zero point is the middle
+                zero_point = torch.round((zero_point - self.quant_min) * (own / scale))
+                zero_point = zero_point + self.quant_min
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
 
 
 class MovingAverageObserver(tq.MovingAverageMinMaxObserver):
@@ -198,14 +203,19 @@ class SymmetricFakeQuantize(SwitchedFakeQuantize):
         axes = [axis for axis in range(weight.dim()) if axis != self.ch_axis]
         # not aminmax, which would first copy weights that are channels_last
         low, high = weight.amin(axes), weight.amax(axes)
-        scale = torch.maximum(-low, high).div(self.quant_max).clamp_min(SMALLEST_SCALE)
-        scale = _power_of_two(scale) if self.power_of_two else scale
         if observer.min_val.shape != low.shape:  # the first time
             observer.min_val.resize_(low.shape)
             observer.max_val.resize_(high.shape)
-            self.scale.resize_(scale.numel())
-            self.zero_point.resize_(scale.numel())
+            self.scale.resize_(low.numel())
+            self.zero_point.resize_(low.numel())
         observer.min_val.copy_(low)
         observer.max_val.copy_(high)
-        self.scale.copy_(scale.reshape(-1))
+        self.follow_range()
+
+    def follow_range(self) -> None:
+        """Set the scale by the range that the observer has."""
+        seen: Any = self.activation_post_process
+        scale = torch.maximum(-seen.min_val, seen.max_val).div(self.quant_max)
+        scale = scale.clamp_min(SMALLEST_SCALE)
+        self.scale.copy_((_power_of_two(scale) if self.power_of_two else scale).reshape(-1))
         self.zero_point.zero_()
