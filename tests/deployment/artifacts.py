@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.ao import quantization as tq
 
 from lightning_qat.deployment.deployed import DeployedModel, save_torchscript, torchscript
 from lightning_qat.deployment.description import PIXELS, UNIT, Description
@@ -11,6 +12,7 @@ from lightning_qat.deployment.onnx_export import save_onnx, to_onnx
 from lightning_qat.deployment.openvino_export import save_openvino
 from lightning_qat.deployment.pixels import for_pixels
 from lightning_qat.deployment.qdq import qdq
+from lightning_qat.quantization.bias import round_biases
 from lightning_qat.quantization.convert import convert
 from lightning_qat.quantization.prepare import prepare_qat
 from lightning_qat.quantization.qconfig import x86
@@ -38,6 +40,7 @@ def export(folder: Path) -> dict[str, Path]:
     prepared = prepare_qat(SmallNet(), x86(), "x86")
     for _ in range(20):
         prepared((torch.rand(16, 3, 8, 8) * torch.rand(16, 3, 1, 1) - 0.4) / 0.25)
+    round_biases(prepared.eval().apply(tq.disable_observer))
     int8 = convert(prepared, "x86")
     deployed = DeployedModel(int8, MEAN, STD)
     pixels = for_pixels(int8, 16, deployed.mean, deployed.std)

@@ -5,6 +5,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import assume
 from torch import Tensor, nn
@@ -27,6 +28,12 @@ from tests.quantization.integer_reference import (
 
 def holds_every_integer(engine: str) -> bool:
     return engine == "qnnpack" or torch.cpu._is_vnni_supported()
+
+
+needs_every_integer = pytest.mark.skipif(
+    not holds_every_integer("x86"),
+    reason="without VNNI, sums of integers above 127 saturate: see test_saturation.py",
+)
 
 
 def qconfigs(pick: Random, engine: str) -> Any:

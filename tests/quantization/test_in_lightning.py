@@ -47,7 +47,7 @@ def test_trainer_settings_work(settings: dict[str, Any], tmp_path: Path) -> None
     trainer = trainer_with(callback, folder=tmp_path, **settings)
     trainer.fit(module, loader(), loader(seed=1))
     assert not torch.equal(before, module.net.fc.weight)
-    assert agreement(module, callback) > 0.98
+    assert agreement(callback) > 0.98
 
 
 def test_early_stopping_ends_with_an_int8_model(tmp_path: Path) -> None:
@@ -77,6 +77,8 @@ def test_averaged_weights_are_converted(averaging: Any, tmp_path: Path) -> None:
     )
     averaged = average._average_model.module
     assert torch.equal(averaged.net.fc.weight, module.net.fc.weight)
+    converted: Any = callback.networks["fake_quant"]
+    assert torch.equal(averaged.net.fc.weight, converted.fc.weight)
     for name, fake_quant in fake_quants(module.net).items():
         assert fake_quant.rounds, name
         if not name.endswith("weight_fake_quant"):
@@ -84,7 +86,7 @@ def test_averaged_weights_are_converted(averaging: Any, tmp_path: Path) -> None:
             scale, zero_point = observed.calculate_qparams()
             assert torch.allclose(fake_quant.scale, scale), name
             assert torch.equal(fake_quant.zero_point, zero_point), name
-    assert agreement(module, callback) > 0.98
+    assert agreement(callback) > 0.98
     x, labels = images(count=256, seed=5)
     assert (callback.int8_model(x).argmax(1) == labels).double().mean() > 0.8
 
@@ -94,7 +96,11 @@ def test_stochastic_weight_averaging_ends_with_averaged_weights(tmp_path: Path) 
     module, callback = SmallModule(), QuantizationAwareTraining()
     swa = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=0.5)
     trainer_with(callback, swa, folder=tmp_path, max_epochs=12).fit(module, loader())
-    assert agreement(module, callback) > 0.98
+    averaged: Any = swa._average_model
+    converted: Any = callback.networks["fake_quant"]
+    # Lightning's pass for batch-norms ends with a step of the optimizer, of a float network too
+    assert torch.allclose(averaged.net.fc.weight, converted.fc.weight, rtol=0, atol=0.05)
+    assert agreement(callback) > 0.98
     x, labels = images(count=256, seed=5)
     assert (callback.int8_model(x).argmax(1) == labels).double().mean() > 0.8
 
@@ -136,7 +142,7 @@ def test_a_compiled_module_trains_and_converts(tmp_path: Path) -> None:
     module, callback = SmallModule(), QuantizationAwareTraining()
     compiled: Any = torch.compile(module, backend="aot_eager")
     trainer_with(callback, folder=tmp_path, max_epochs=1).fit(compiled, loader())
-    assert agreement(module, callback) > 0.98
+    assert agreement(callback) > 0.98
 
 
 def test_a_compiled_network_is_refused_with_a_way_out(tmp_path: Path) -> None:
@@ -157,4 +163,4 @@ def test_a_deep_copy_of_the_module_goes_its_own_way(tmp_path: Path) -> None:
     trainer_with(again, folder=tmp_path).fit(twin.train(), loader())
     assert torch.equal(module.net.fc.weight, weight)
     assert not torch.equal(twin.net.fc.weight, weight)
-    assert agreement(twin, again) > 0.98
+    assert agreement(again) > 0.98

@@ -78,36 +78,44 @@ def test_bit_for_bit_but_one_step_where_float32_cannot_tell_a_tie(
     assert_same(integers_of(net, seen, beyond, qconfigs(pick, engine)))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@given(pick=SEEDS.map(Random))
-@examples(25)
-def test_bit_for_bit_at_ties_too_where_scales_are_powers_of_two(engine: str, pick: Random) -> None:
+def in_powers_of_two(pick: Random, engine: str) -> Layer:
     reduce_range = not holds_every_integer(engine) or pick.choice([False, True])
     qconfig = make_qconfig(engine, scales="power_of_two", reduce_range=reduce_range)  # type: ignore[arg-type]
-    drawn, out = pick.randint(0, 999), pick.randint(1, 4)
+    drawn, out, coarse = pick.randint(0, 999), pick.randint(1, 4), pick.choice([1, 32])
     generator = torch.Generator().manual_seed(drawn)
+
+    def integers(highest: int, step: int, *shape: int) -> Tensor:
+        most = highest // step
+        return torch.randint(-most, most + 1, shape, generator=generator) * step
+
     layer = nn.Linear(9, out)
     with torch.no_grad():
-        layer.weight.copy_(torch.randint(-127, 128, (out, 9), generator=generator) / 64)
+        layer.weight.copy_(integers(127, coarse, out, 9) / 64)
         layer.weight[:, 0] = 127 / 64
-        layer.bias.copy_(torch.randint(-50, 50, (out,), generator=generator) / 1024)
-    x = torch.randint(-63, 64, (4, 9), generator=generator) / 16
-    found = integers_of(nn.Sequential(layer), x, x, qconfig)
-    assert_integers(found.fake_quant, found.exact, -1, found.zero_point, found.limits)
-    if engine == "onednn":
-        assert_integers(found.int8, found.exact + found.zero_point, -1, 0, found.limits)
-    else:
-        assert_integers(found.int8, found.exact, -1, found.zero_point, found.limits)
+        layer.bias.copy_(integers(50, coarse, out) / 1024)
+    x = integers(63, 1, 4, 9) / 16
+    x[:, 0] = 32 / 16
+    return integers_of(nn.Sequential(layer), x, x, qconfig)
 
 
-def test_examples_above_do_hold_ties() -> None:
-    layer = nn.Linear(1, 1, bias=False)
-    nn.init.constant_(layer.weight, 127 / 128)
-    x = torch.arange(-64, 64)[:, None] / 64
-    qconfig = make_qconfig("fbgemm", scales="power_of_two")
-    found = integers_of(nn.Sequential(layer), x, x, qconfig)
-    ties = assert_integers(found.int8, found.exact, 0, found.zero_point, found.limits)
-    assert ties.sum() == 1  # 64 * 127 / 128 = 63.5
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bit_for_bit_at_ties_too_where_scales_are_powers_of_two(engine: str) -> None:
+    ties: list[int] = []
+
+    @given(pick=SEEDS.map(Random))
+    @examples(25)
+    def check(pick: Random) -> None:
+        found = in_powers_of_two(pick, engine)
+        zero_point, limits = found.zero_point, found.limits
+        assert_integers(found.fake_quant, found.exact, -1, zero_point, limits)
+        if engine == "onednn":
+            assert_integers(found.int8, found.exact + zero_point, -1, 0, limits)
+        else:
+            assert_integers(found.int8, found.exact, -1, zero_point, limits)
+        ties.append(int((found.exact % 1 == 0.5).sum()))
+
+    check()
+    assert sum(ties) > 10
 
 
 class Sum(nn.Module):

@@ -14,6 +14,7 @@ from lightning_qat.deployment.onnx_export import to_onnx
 from lightning_qat.errors import UserError
 from lightning_qat.quantization import QCONFIGS, make_qconfig
 from tests.quantization.networks import SmallModule, loader
+from tests.quantization.random_layers import needs_every_integer
 from tests.quantization.test_callback import trainer_with
 
 LOW = [name for name in QCONFIGS if name.startswith("w")]
@@ -73,7 +74,14 @@ def test_layers_multiply_integers_of_their_bits(name: str, tmp_path: Path) -> No
     assert integers.highest["fc"] > 100
 
 
-@pytest.mark.parametrize("name", ["w2a2", "w4a4_lsq", "lsq_plus"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("w2a2", marks=needs_every_integer),  # its first layer has 8 bits
+        pytest.param("w4a4_lsq", marks=needs_every_integer),
+        "lsq_plus",
+    ],
+)
 def test_what_leaves_the_range_is_clipped_as_in_training_also_in_onnx_runtime(
     name: str, tmp_path: Path
 ) -> None:
@@ -109,6 +117,7 @@ def test_all_layers_can_have_the_same_bits(tmp_path: Path) -> None:
     assert net.quant_x.activation_post_process.limits == (0, 15)
 
 
+@needs_every_integer
 def test_a_clamp_between_layers_does_not_hide_the_range(tmp_path: Path) -> None:
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3), nn.ReLU6(), nn.Flatten(),
@@ -226,6 +235,7 @@ class SharesAWeight(nn.Module):
         return self.third(x.relu())[:, :4]
 
 
+@needs_every_integer
 def test_layers_that_share_a_weight_round_it_to_bits_of_their_own(tmp_path: Path) -> None:
     torch.manual_seed(0)
     callback = QuantizationAwareTraining("w2a4")
@@ -244,6 +254,7 @@ def test_few_bits_do_not_hide_8_that_would_saturate(monkeypatch: pytest.MonkeyPa
         QuantizationAwareTraining(make_qconfig(activation_bits=4, reduce_range=False))
 
 
+@needs_every_integer
 @pytest.mark.parametrize(("base", "own", "limits"), [("x86", "w4a4", 15), ("w4a4", "w2a2_lsq", 3)])
 def test_the_bits_of_one_layer_are_those_of_what_it_takes_in(
     base: str, own: str, limits: int, tmp_path: Path

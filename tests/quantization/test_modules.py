@@ -1,5 +1,6 @@
 """LightningModules that are not ours, each with its own way of building and using networks."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_a_network_that_is_built_late_is_quantised(kind: type[SmallModule], tmp_
     trainer = trainer_with(*callbacks, folder=tmp_path)
     trainer.fit(module, loader())
     assert len(fake_quants(module.net)) == 11
-    assert agreement(module, callback) > 0.98
+    assert agreement(callback) > 0.98
     (figures,) = trainer.test(module, loader(seed=1), verbose=False)
     assert figures["test_loss"] < 5
 
@@ -107,7 +108,7 @@ def test_manual_optimisation_trains_and_converts(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module, callback = Manual(), QuantizationAwareTraining()
     trainer_with(callback, folder=tmp_path).fit(module, loader())
-    assert agreement(module, callback) > 0.98
+    assert agreement(callback) > 0.98
 
 
 def test_calibrating_a_module_that_optimises_by_hand_is_refused(tmp_path: Path) -> None:
@@ -243,7 +244,7 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     module, callback = SmallModule(Tied()), QuantizationAwareTraining()
     trainer_with(callback, folder=tmp_path).fit(module, loader())
     assert module.net.block.conv1.weight is module.net.block.conv2.weight
-    assert agreement(module, callback) > 0.98
+    assert agreement(callback) > 0.98
 
 
 class FusesItself(SmallNet):
@@ -276,15 +277,18 @@ def test_a_batch_norm_that_was_in_evaluation_mode_stays_in_it(
     mean = frozen.running_mean.clone()
     callback = QuantizationAwareTraining(freeze_batch_norm_epoch=1, **settings)
     trainer_with(callback, folder=tmp_path).fit(module, loader(), loader(seed=1))
-    norms: list[Any] = [x for x in module.net.modules() if isinstance(x, nn.BatchNorm2d)]
-    means = {x.weight is frozen.weight: x.running_mean for x in norms}
+    norms = [x for x in module.net.modules() if isinstance(x, nn.BatchNorm2d)]
+    means: dict[bool, Any] = {x.weight is frozen.weight: x.running_mean for x in norms}
     assert torch.equal(means[True], mean)
     assert not torch.equal(means[False], torch.zeros(8))
 
 
-def test_frozen_parameters_stay_frozen(tmp_path: Path) -> None:
+def test_frozen_parameters_stay_frozen_but_for_the_rounding_of_biases(tmp_path: Path) -> None:
     module = SmallModule()
-    module.net.stem.requires_grad_(False)
-    before = module.net.stem[0].weight.clone()
+    frozen = dict(module.net.stem.requires_grad_(False).named_parameters())
+    before = copy.deepcopy(frozen)
     trainer_with(QuantizationAwareTraining(), folder=tmp_path).fit(module, loader())
-    assert torch.equal(module.net.stem.get_submodule("0").weight, before)
+    assert {id(x) for x in frozen.values()} <= {id(x) for x in module.net.parameters()}
+    for name, value in frozen.items():
+        atol = 1e-3 if name.endswith("bias") else 0
+        torch.testing.assert_close(value, before[name], rtol=0, atol=atol)

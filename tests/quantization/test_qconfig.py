@@ -10,11 +10,14 @@ from lightning_qat import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_qat.quantization import QCONFIGS
 from lightning_qat.quantization.fake_quantize import KernelRangeFakeQuantize
 from tests.quantization.networks import SmallModule, images, loader
+from tests.quantization.random_layers import needs_every_integer
 from tests.quantization.test_callback import trainer_with
 
 
 @pytest.mark.parametrize("callback_class", [QuantizationAwareTraining, PostTrainingQuantization])
-@pytest.mark.parametrize("name", QCONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[needs_every_integer] * (x == "onednn")) for x in QCONFIGS]
+)
 def test_every_qconfig_gives_an_int8_model_that_agrees(
     name: str, callback_class: type[QuantizationAwareTraining], tmp_path: Path
 ) -> None:
@@ -64,20 +67,8 @@ def test_what_is_no_qconfig_is_refused(qconfig: object) -> None:
         QuantizationAwareTraining(qconfig)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["onednn"])
-def test_saturating_kernels_are_refused_without_vnni(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    with pytest.raises(ValueError, match="allow_saturation=true"):
-        QuantizationAwareTraining(name)
-    QuantizationAwareTraining(name, allow_saturation=True)
-
-
 @pytest.mark.parametrize("name", sorted(set(QCONFIGS) - {"onednn"}))
-def test_the_other_qconfigs_are_safe_on_every_cpu(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_onednn_is_refused_without_vnni(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     QuantizationAwareTraining(name)
 

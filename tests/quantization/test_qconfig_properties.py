@@ -41,9 +41,11 @@ tensors = st.fixed_dictionaries(
 
 
 def integers(fake_quant: Any, x: torch.Tensor) -> torch.Tensor:
-    """What ``x`` becomes, in steps of its scale from its zero point."""
+    """What ``x``, and three times as much, become, in steps of the scale of ``x``."""
     fake_quant(x)
-    result = fake_quant(x).detach().double()
+    seen = fake_quant(x)
+    fake_quant.disable_observer()
+    result = torch.cat([seen, fake_quant(3 * x)], 1).detach().double()
     scale, zero_point = fake_quant.scale.detach().double(), fake_quant.zero_point.double()
     assert torch.isfinite(scale).all()
     assert (scale > 0).all()
