@@ -91,6 +91,14 @@ def test_averaged_weights_are_converted(averaging: Any, tmp_path: Path) -> None:
     assert (callback.int8_model(x).argmax(1) == labels).double().mean() > 0.8
 
 
+def test_averaged_scales_are_powers_of_two_still(tmp_path: Path) -> None:
+    module, callback = SmallModule(), QuantizationAwareTraining("power_of_two")
+    average = EMAWeightAveraging(decay=0.9)
+    trainer_with(callback, average, folder=tmp_path, max_epochs=12).fit(module, loader())
+    for name, fake_quant in fake_quants(module.net).items():
+        assert (torch.frexp(fake_quant.scale).mantissa == 0.5).all(), name
+
+
 def test_stochastic_weight_averaging_ends_with_averaged_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module, callback = SmallModule(), QuantizationAwareTraining()
