@@ -24,27 +24,12 @@ def test_help_reads_well_and_answers_in_two_seconds() -> None:
     assert max(len(line) for line in lines if not line.startswith("qconfig: ")) <= 100
 
 
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["stage=fp23"], ["stage/fp23", "fp32"]),
-        (["-m", "stage=fp32,fp23"], ["stage/fp23", "fp32"]),
-        (["batchsize=3"], ["batchsize"]),
-        (["--no-such-option"], ["no-such-option"]),
-        (["stage=[fp32"], ["[fp32"]),
-    ],
-    ids=" ".join,
-)
-def test_what_hydra_refuses_ends_with_2(train: Train, args: list[str], words: list[str]) -> None:
-    status, printed = train(*args)
+def test_a_sweep_that_hydra_refuses_ends_with_2(train: Train) -> None:
+    status, printed = train("-m", "stage=fp32,fp23")
     assert status == 2
     assert "Traceback" not in printed
-    for word in words:
+    for word in ("stage/fp23", "fp32"):
         assert word in printed
-
-
-def test_a_real_process_gives_the_status_too() -> None:
-    assert run_train("stage=fp23").returncode == 2
 
 
 @pytest.mark.slow

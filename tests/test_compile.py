@@ -1,5 +1,6 @@
 """`model.compile`: the same training; backend eager, as inductor's rounding is not ours to test."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,23 @@ class FailsAt(pl.Callback):
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The modes in which something was compiled."""
-    modes: list[str] = []
+    """The mode in which something was compiled, and "ran" for each time that it ran."""
+    done: list[str] = []
     compile_ = torch.compile
 
+    def eager(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        def ran(*args: Any) -> Any:
+            done.append("ran")
+            return graph.forward(*args)
+
+        return ran
+
     def with_backend_eager(net: nn.Module, mode: str) -> Any:
-        modes.append(mode)
-        return compile_(net, backend="eager", fullgraph=True)
+        done.append(mode)
+        return compile_(net, backend=eager, fullgraph=True)
 
     monkeypatch.setattr(torch, "compile", with_backend_eager)
-    return modes
+    return done
 
 
 def classifier(compile: str | None) -> ImageClassifier:
@@ -77,7 +85,7 @@ def test_a_compiled_training_ends_with_the_same_weights(
     modules = {mode: classifier(mode) for mode in (None, "default")}
     for module in modules.values():
         fit(module, tmp_path, *([QuantizationAwareTraining()] if qat else []))
-    assert compiled == ["default"]
+    assert compiled == ["default", *(STEPS - 1) * ["ran"]]  # the first step is eager
     weights = [dict(module.net.named_parameters()) for module in modules.values()]
     for name, one in weights[0].items():
         torch.testing.assert_close(one, weights[1][name], rtol=1e-5, atol=1e-6)
@@ -91,5 +99,6 @@ def test_after_a_fit_that_failed_the_next_trains_the_network_that_is_there(
         fit(module, tmp_path, FailsAt(STEPS - 1))
     callback = QuantizationAwareTraining()
     fit(module, tmp_path, callback)  # replaces the network that was compiled
-    assert compiled == ["default", "default"]
+    failed, whole = (STEPS - 2) * ["ran"], (STEPS - 1) * ["ran"]
+    assert compiled == ["default", *failed, "default", *whole]
     assert callback.int8_model(torch.rand(2, 3, 8, 8)).shape == (2, 10)

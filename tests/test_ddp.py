@@ -22,6 +22,7 @@ from lightning_qat import (
     processes,
 )
 from tests.conftest import TRAIN, Train
+from tests.faults.commands import LONGEST
 from tests.quantization.ddp_fit import continue_frozen, fit
 from tests.test_configs import composed
 
@@ -198,7 +199,7 @@ def test_no_process_outlives_the_one_that_was_started(tmp_path: Path) -> None:
     with subprocess.Popen(
         [*command, f"output_dir={tmp_path}"], stdout=subprocess.DEVNULL, cwd=TRAIN.parent
     ) as started:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + LONGEST
         while not list(tmp_path.glob("runs/*/checkpoints/last.ckpt")):  # both are training
             assert time.monotonic() < deadline
             time.sleep(0.1)

@@ -145,6 +145,6 @@ def test_the_sweep_ends_with_a_table(road: Road) -> None:
     assert "Fastest on the front" in page  # the latencies were measured
 
 
-def test_nothing_deprecated_or_noisy_is_printed(road: Road) -> None:
+def test_nothing_deprecated_is_printed(road: Road) -> None:
     for text in (road.printed, road.warned):
         assert "deprecat" not in text.lower()

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from lightning_qat import resume
+from lightning_qat import cli, resume
 from lightning_qat.errors import UserError
-from lightning_qat.report.metrics import read_objective
 from tests.conftest import TRAIN, Road, Train, run_train
 
 QUICK = ("data=digits", "trainer=cpu", "trainer.limit_train_batches=2")
@@ -255,9 +255,26 @@ def test_finished_is_the_same_job_with_all_its_files(
     assert resume.is_finished(tmp_path, ["seed=1"]) is finished
 
 
-def test_a_skipped_job_returns_its_validation_accuracy(tmp_path: Path) -> None:
-    metrics: dict[str, Any] = {"validation": {"accuracy": {"int8": 0.75}}}
+@pytest.mark.parametrize("accuracy", [0.75, None], ids=["validated", "val_size=0"])
+def test_a_skipped_job_returns_its_validation_accuracy(
+    accuracy: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics: dict[str, Any] = {"status": 0, "command": "python train.py seed=1"}
+    if accuracy is not None:
+        metrics["validation"] = {"accuracy": {"int8": accuracy}}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    assert read_objective(tmp_path) == 0.75
-    (tmp_path / "metrics.json").write_text("{}")  # val_size=0
-    assert read_objective(tmp_path) is None
+    (tmp_path / "report.html").touch()
+    hydra = OmegaConf.create(
+        {
+            "mode": RunMode.MULTIRUN,
+            "runtime": {"output_dir": str(tmp_path)},
+            "overrides": {"task": ["seed=1"]},
+        }
+    )
+    monkeypatch.setattr(HydraConfig, "get", lambda: hydra)
+
+    @cli.job
+    def task(cfg: DictConfig) -> float:
+        raise AssertionError("not skipped")
+
+    assert task(OmegaConf.create({"resume": True})) == accuracy

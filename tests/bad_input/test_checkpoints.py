@@ -163,7 +163,7 @@ def test_checkpoint_of_another_network(
 
 # of a run that cannot be continued: the stage it was of, how it is changed, arguments, words
 RUNS: dict[str, tuple[str, Make, list[str], list[str]]] = {
-    "another stage": ("fp32", changed(lambda x: None), ["stage=qat"], ["another"]),
+    "another stage": ("fp32", changed(lambda x: None), ["stage=qat"], ["of another run"]),
     "another length": (
         "fp32",
         changed(lambda x: None),

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from lightning_qat import QuantizationAwareTraining
 from lightning_qat.data import DigitsDataModule
 from lightning_qat.data.image_datamodule import ImageDataModule
-from lightning_qat.errors import UserError, checked_float, checked_int
+from lightning_qat.errors import UserError
 from lightning_qat.module import ImageClassifier
 from lightning_qat.quantization import make_qconfig
 from tests.test_configs import CONF
@@ -66,14 +66,6 @@ NUMBERS: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
         WHOLE,
     ),
     "freeze_observer_epoch": (lambda x: QuantizationAwareTraining(freeze_observer_epoch=x), WHOLE),
-    # as train.py and the sweep's report check them; tests/bad_input/test_command.py goes there
-    "trainer.max_epochs": (lambda x: checked_int("trainer.max_epochs", x, lowest=1), [*WHOLE, 0]),
-    "trainer.log_every_n_steps": (
-        lambda x: checked_int("trainer.log_every_n_steps", x, lowest=0),
-        WHOLE,
-    ),
-    "latency_seconds": (lambda x: checked_float("latency_seconds", x, lowest=0), NEVER),
-    "budget": (lambda x: checked_float("budget.megabytes", x, lowest=1e-6), [*NEVER, 0]),
 }
 CASES = [(name, value) for name, (_, values) in NUMBERS.items() for value in values]
 
@@ -87,6 +79,7 @@ def test_a_number_out_of_its_range_is_refused(name: str, value: Any) -> None:
 
 # Numbers that somebody else checks, or that are one of those above under another name.
 ELSEWHERE = {
+    "max_epochs", "log_every_n_steps", "latency_seconds",  # train.py, see test_command.py
     "seed", "devices", "num_nodes", "limit_train_batches", "limit_val_batches",  # Lightning
     "num_sanity_val_steps", "epochs", "learning_rate",
     "n_jobs", "n_trials", "timeout_min", "nodes", "tasks_per_node", "array_parallelism",  # plugins

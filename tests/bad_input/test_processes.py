@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from tests.test_security import Calls
 
 pytestmark = pytest.mark.slow
 
+State = dict[Path, tuple[int, int, int]]
 PREDICT = ("-m", "lightning_qat.predict")
 WITHOUT_PLUGIN = """
 import pkgutil, runpy, sys
@@ -58,7 +58,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ended(folder: Path) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+def before(folder: Path) -> State:
+    return state(folder)
+
+
+@pytest.fixture(scope="module")
+def ended(folder: Path, before: State) -> dict[str, Future[subprocess.CompletedProcess[str]]]:
     """All of them, two at a time."""
 
     def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -75,15 +80,17 @@ def ended(folder: Path) -> Iterator[dict[str, Future[subprocess.CompletedProcess
             timeout=300,
         )
 
-    with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(run, arguments) for name, (arguments, _) in COMMANDS.items()}
+    with ThreadPoolExecutor(2) as pool:  # waits for all of them
+        return {name: pool.submit(run, arguments) for name, (arguments, _) in COMMANDS.items()}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_process_ends_with_2_and_a_message(
-    name: str, ended: dict[str, Future[subprocess.CompletedProcess[str]]], folder: Path
+    name: str,
+    ended: dict[str, Future[subprocess.CompletedProcess[str]]],
+    folder: Path,
+    before: State,
 ) -> None:
-    before = {path: x for path, x in state(folder).items() if "out" not in path.parts}
     done = ended[name].result()
     printed = done.stdout + done.stderr
     assert done.returncode == 2, printed

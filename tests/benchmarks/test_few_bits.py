@@ -41,7 +41,7 @@ def test_batch_norm_gets_the_mean_of_its_batches(road: Road) -> None:
         x = net.get_submodule("quant_x")(run.deployed(net).normalise(images))
         first = net.conv1
         sums = first._conv_forward(x, first.weight, None).mean((0, 2, 3))
-    assert torch.corrcoef(torch.stack([first.bn.running_mean, sums]))[0, 1] > 0.99
+    assert (first.bn.running_mean - sums).norm() < 0.05 * sums.norm()
     assert not net.training
 
 

@@ -64,9 +64,10 @@ def test_the_list_names_every_row_of_the_tables(tmp_path: Path) -> None:
     assert status == 0
     names = [line.split()[0] for line in printed.splitlines()]
     assert len(names) == len(set(names))
-    for pieces in tables_gpu.RUNS.values():
-        for stage in ("fp32", "qat"):
-            assert any(tables_gpu.fnmatch(name, pieces.format(stage)) for name in names)
+    patterns = [x.format(stage) for x in tables_gpu.RUNS.values() for stage in ("fp32", "qat")]
+    patterns += ["ptq_seed*", "imagenet_stem_ptq_seed*", "fp32_epochs*", "training_*"]
+    for pattern in patterns:
+        assert any(tables_gpu.fnmatch(name, pattern) for name in names), pattern
     for pieces in tables_gpu.FEW_BITS.values():
         assert sum(tables_gpu.fnmatch(name, pieces) for name in names) == 3
     steps = {f"step_{m}_{p}" for m in tables_gpu.STEMS for p in tables_gpu.PRECISIONS}

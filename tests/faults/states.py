@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,9 @@ import onnxruntime
 import torch
 
 from lightning_qat.data.cifar10_records import BATCHES
+from lightning_qat.deployment.runtimes import load
+
+ONE_CORE = Lock()  # two threads that load OpenVINO's at once would each have their own
 
 
 def assert_whole(out: Path) -> None:
@@ -23,6 +27,9 @@ def assert_whole(out: Path) -> None:
             torch.jit.load(path)
         elif path.suffix == ".onnx":
             onnxruntime.InferenceSession(path)
+        elif path.suffix == ".xml":
+            with ONE_CORE:
+                load(path)  # with its .bin
         elif path.suffix == ".json":
             assert json.loads(path.read_text())["status"] == 0, path
         elif path.suffix == ".html":
@@ -71,6 +78,11 @@ def assert_same(out: Path, undisturbed: Path, run: str = "run") -> None:
             for path in graphs
         ]
         assert np.array_equal(*logits)
+    irs = [at / "model_int8.xml" for at in _runs(out, undisturbed, run)]
+    if irs[1].exists():
+        with ONE_CORE:
+            logits = [load(path)(images) for path in irs]
+        assert torch.equal(*logits)
 
 
 def _runs(out: Path, undisturbed: Path, run: str) -> tuple[Path, Path]:

@@ -127,8 +127,19 @@ def test_no_room_for_cifar10(
     assert {path.name for path in at.iterdir()} == {archive.name, "cifar10.npz.lock"}
 
 
-@pytest.mark.parametrize("what", ["output_dir", "hydra.run.dir", "fp32_ckpt", "data.root"])
-def test_read_only(what: str, disk: Mount, train: Train, batches: Batches, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("output_dir", "the output folder {}/runs"),
+        ("hydra.run.dir", "the output folder {}/run cannot be used"),
+        ("fp32_ckpt", "name another with fp32_ckpt=FILE"),
+        ("data.root", "name another one with data.root="),
+    ],
+    ids=["output_dir", "hydra.run.dir", "fp32_ckpt", "data.root"],
+)
+def test_read_only(
+    what: str, words: str, disk: Mount, train: Train, batches: Batches, tmp_path: Path
+) -> None:
     at = disk("size=1m")
     (at / "run").mkdir()
     disk("ro")
@@ -144,6 +155,6 @@ def test_read_only(what: str, disk: Mount, train: Train, batches: Batches, tmp_p
         args += [f"data.root={at}", sha1_argument(batches)]
     status, printed = train(*args)
     assert status == 2, printed
-    assert what in printed or "output_dir" in printed
+    assert words.format(at) in printed
     assert str(at) in printed
     assert "Traceback" not in printed

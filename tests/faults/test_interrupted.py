@@ -11,6 +11,7 @@ import torch
 
 from lightning_qat.in_use import is_in_use
 from tests.faults.commands import COMMAND_FOLLOWS, run, send, start, wait_for
+from tests.faults.held import held_by
 from tests.faults.phases import SECOND_EPOCH, Phase
 from tests.faults.states import assert_same, weights
 
@@ -33,9 +34,11 @@ def test_a_run_ends_with_130_and_the_command_that_continues_it(
     expected, _, args = undisturbed("fp32")
     out = tmp_path / "interrupted"
     out.mkdir()
-    process = start([*args, f"hydra.run.dir={out}/run"], out)
+    order = tmp_path / "hold"
+    process = start([*args, f"hydra.run.dir={out}/run", held_by(order)], out)
     assert wait_for(SECOND_EPOCH, out, process)
     assert send(process, signal.SIGINT) == 130, process.printed()
+    order.unlink()
     assert not is_in_use(out / "run")
     assert torch.load(out / "run" / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 0
     continued = run(command_in(process.printed()), out)
@@ -47,14 +50,17 @@ def test_a_sweep_stops_and_goes_on_where_it_was(undisturbed: Undisturbed, tmp_pa
     expected, _, args = undisturbed("fp32")
     out = tmp_path / "interrupted"
     out.mkdir()
+    order = tmp_path / "hold"
     jobs = [
         "data.batch_size=16,0",
         f"hydra.sweep.dir={out}/a sweep",
+        held_by(order),
     ]  # the second one fails at once
     process = start(["-m", *args, *jobs], out)
     first = "a sweep/0-fp32-x86"
     assert wait_for(Phase("second epoch", f"{first}/checkpoints/last.ckpt"), out, process)
     assert send(process, signal.SIGINT) == 130, process.printed()
+    order.unlink()
     assert [path.name for path in (out / "a sweep").glob("*-fp32-*")] == ["0-fp32-x86"]
     continued = start(command_in(process.printed()), out)
     assert continued.wait() == 2

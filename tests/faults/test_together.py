@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from tests.conftest import Train
 from tests.data.cifar10_archives import Batches
 from tests.faults.commands import STAGES, sha1_argument, start, wait_for
+from tests.faults.held import held_by
 from tests.faults.phases import TRAINING
 from tests.faults.states import assert_same
 from tests.test_sweep_resume import state
@@ -24,12 +26,15 @@ def test_a_second_run_does_not_get_in_the_way_of_the_first(
 ) -> None:
     expected, _, args = undisturbed("fp32")
     out = tmp_path / "out"
-    here = [*args, f"hydra.run.dir={out}/run"]
     out.mkdir()
+    order = tmp_path / "hold"
+    here = [*args, f"hydra.run.dir={out}/run", held_by(order)]
     both = [start(here, out) for _ in range(2)]
     assert wait_for(TRAINING, out, both[0]) or wait_for(TRAINING, out, both[1])
+    while all(process.popen.poll() is None for process in both):
+        time.sleep(0.05)
     first, second = sorted(both, key=lambda process: process.popen.poll() is not None)
-    assert second.popen.poll() == 2, second.printed()
+    assert second.wait() == 2, second.printed()
     for more in ([], ["resume=true"], ["seed=1"]):
         status, printed = train(*here, *more, f"output_dir={out}")
         assert status == 2
@@ -37,6 +42,7 @@ def test_a_second_run_does_not_get_in_the_way_of_the_first(
     status, printed = train("-m", *args, f"hydra.sweep.dir={out}", f"output_dir={out}")
     assert status == 2
     assert "another process is at work" in printed
+    order.unlink()
     assert first.wait() == 0, first.printed()
     assert_same(out, expected)
 
