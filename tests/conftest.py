@@ -13,6 +13,7 @@ from typing import Any
 
 import absl.logging
 import pytest
+from filelock import FileLock
 
 from lightning_qat._torch_deprecations import FILTERS
 
@@ -78,14 +79,25 @@ class Road:
         return self.output_dir / "fp32" / "digits-resnet18-seed0.ckpt"
 
 
+def for_all_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is the same in each process that tests."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if WORKER else own
+
+
 @pytest.fixture(scope="session")
 def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
-    """The README's main command, in a process of its own."""
-    output_dir = tmp_path_factory.mktemp("road")
-    done = run_train("-m", "stage=fp32,ptq,qat", "data=digits", f"output_dir={output_dir}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    (sweep,) = output_dir.glob("multiruns/*")
-    return Road(output_dir, sweep, done.stdout, done.stderr)
+    """The README's main command, in a process of its own; once for all processes that test."""
+    folder = for_all_processes(tmp_path_factory)
+    output_dir, said = folder / "road", folder / "road.json"
+    with FileLock(folder / "road.lock"):
+        if not said.exists():
+            done = run_train("-m", "stage=fp32,ptq,qat", "data=digits", f"output_dir={output_dir}")
+            assert done.returncode == 0, done.stdout + done.stderr
+            (sweep,) = map(str, output_dir.glob("multiruns/*"))
+            said.write_text(json.dumps([sweep, done.stdout, done.stderr]))
+    sweep, printed, warned = json.loads(said.read_text())
+    return Road(output_dir, Path(sweep), printed, warned)
 
 
 def run_train(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:

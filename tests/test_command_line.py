@@ -9,7 +9,12 @@ import pytest
 
 from tests.conftest import Train, run_train
 
-QUICK = ("data=digits", "trainer.max_epochs=1", "trainer.limit_train_batches=2")
+QUICK = (
+    "data=digits",
+    "trainer.max_epochs=1",
+    "trainer.limit_train_batches=2",
+    "latency_seconds=0",
+)
 
 
 @pytest.mark.alone

@@ -35,6 +35,7 @@ QUICK = (
     "trainer.limit_train_batches=2",
     "recipe.fp32.epochs=1",
     "recipe.qat.epochs=1",
+    "latency_seconds=0",
 )
 
 

@@ -22,6 +22,8 @@ def test_two_runs_leave_the_same_checkpoints(
         "trainer=cpu",
         "trainer.max_epochs=1",
         "trainer.limit_train_batches=6",
+        "latency_seconds=0",
+        "export_onnx=false",
         f"output_dir={road.output_dir if stage == 'qat' else tmp_path}",
     ]
     runs = {

@@ -32,6 +32,8 @@ def test_same_weights_and_scales_as_without_the_break(
         f"stage={stage}",
         "trainer.max_epochs=3",
         "trainer.limit_train_batches=8",
+        "latency_seconds=0",
+        "export_onnx=false",
         f"output_dir={road.output_dir if stage == 'qat' else tmp_path}",
     ]
     if stage == "qat":  # the break is after epoch 1: a freeze on either side of it
@@ -64,7 +66,12 @@ def test_a_run_is_not_continued_with_other_weights_than_it_began_with(
     weights, run = tmp_path / "fp32.ckpt", tmp_path / "run"
     shutil.copyfile(road.fp32_ckpt, weights)
     args = ["data=digits", "stage=qat", "trainer.limit_train_batches=2", f"fp32_ckpt={weights}"]
-    args += ["export_onnx=false", "trainer.max_epochs=1", f"output_dir={tmp_path}"]
+    args += [
+        "latency_seconds=0",
+        "export_onnx=false",
+        "trainer.max_epochs=1",
+        f"output_dir={tmp_path}",
+    ]
     assert train(*args, f"hydra.run.dir={run}")[0] == 0
     checkpoint = torch.load(weights, weights_only=True)
     for x in checkpoint["state_dict"].values():

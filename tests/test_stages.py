@@ -14,7 +14,7 @@ from tests.conftest import Road, Train
 
 pytestmark = pytest.mark.slow
 
-QUICK = ("trainer.max_epochs=1", "trainer.limit_train_batches=4")
+QUICK = ("trainer.max_epochs=1", "trainer.limit_train_batches=4", "latency_seconds=0")
 
 
 def test_a_sweep_over_qconfigs_has_one_folder_a_job_and_a_row_each(
@@ -66,6 +66,7 @@ def test_ones_own_folder_of_images_goes_all_the_way(train: Train, tmp_path: Path
         f"data.root={tmp_path}/images",
         "data.batch_size=16",
         "trainer.max_epochs=2",
+        "latency_seconds=0",
         f"output_dir={tmp_path}",
     )
     assert train(*args)[0] == 0

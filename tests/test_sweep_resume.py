@@ -19,7 +19,7 @@ from lightning_qat import cli, resume
 from lightning_qat.errors import UserError
 from tests.conftest import TRAIN, Road, Train, run_train
 
-QUICK = ("data=digits", "trainer=cpu", "trainer.limit_train_batches=2")
+QUICK = ("data=digits", "trainer=cpu", "trainer.limit_train_batches=2", "latency_seconds=0")
 
 
 class Killed(pl.Callback):

