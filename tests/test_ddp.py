@@ -36,6 +36,7 @@ QUICK = (
     "recipe.fp32.epochs=1",
     "recipe.qat.epochs=1",
     "latency_seconds=0",
+    "export_onnx=false",
 )
 
 

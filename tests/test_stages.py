@@ -27,6 +27,7 @@ def test_a_sweep_over_qconfigs_has_one_folder_a_job_and_a_row_each(
         f"qconfig={','.join(names)}",
         "data=digits",
         "allow_saturation=true",
+        "export_onnx=false",
         f"fp32_ckpt={road.fp32_ckpt}",
         f"hydra.sweep.dir={tmp_path}/sweep",
         *QUICK,
