@@ -42,7 +42,7 @@ from lightning_qat.deployment.description import KEY
 from lightning_qat.deployment.latency import measure_latency
 from lightning_qat.deployment.onnx_export import save_onnx
 from lightning_qat.errors import UserError
-from lightning_qat.report.table import sigma
+from lightning_qat.report.intervals import wilson
 from lightning_qat.report.titles import fastest, title
 
 STAGE = Path(__file__).parents[1] / "conf" / "stage" / "ptq.yaml"
@@ -180,9 +180,9 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for name, x in sorted(latency.items(), key=lambda item: item[1]["p50"]):
         share = shares.get(name)
-        interval = f"± {1.96 * sigma(share, result['test_images']):.2%}" if share else ""
+        low, high = wilson(share or 0, result["test_images"])
         lines.append(
-            f"| {name} | {f'{share:.2%} {interval}' if share else ''} "
+            f"| {name} | {f'{share:.2%} ± {(high - low) / 2:.2%}' if share else ''} "
             f"| {x['p50']:.3f} | {x['p95']:.3f} "
             f"| {latency['fp32_eager']['p50'] / x['p50']:.1f}x "
             f"| {latency[best_fp32]['p50'] / x['p50']:.1f}x |"

@@ -22,7 +22,7 @@ import tables_gpu
 from record import origin_in_words
 from tables_training import training_summary
 
-from lightning_qat.report.table import sigma
+from lightning_qat.report.intervals import wilson
 from lightning_qat.report.titles import fastest, runtime, title
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,7 @@ ROWS = [("FP32", "qat", "fp32"), ("PTQ INT8", "ptq", "int8"), ("QAT INT8", "qat"
 
 def _row(metrics: dict[str, Any], name: str, title: str, network: str) -> str:
     accuracy, images = metrics["accuracy"][network], metrics["test_images"]
-    interval = 1.96 * sigma(accuracy, images)
+    low, high = wilson(accuracy, images)
     latency = metrics["latency_ms"]
     best = _fastest(metrics, network)
     best_fp32 = _fastest(metrics, "fp32")
@@ -75,7 +75,7 @@ def _row(metrics: dict[str, Any], name: str, title: str, network: str) -> str:
     if network == "int8":
         agreement = " / ".join(f"{share:.2%}" for share in metrics["agreement"].values())
     return (
-        f"| {name} | {title} | {accuracy:.2%} ± {interval:.2%} | {agreement} "
+        f"| {name} | {title} | {accuracy:.2%} ± {(high - low) / 2:.2%} | {agreement} "
         f"| {metrics['size_bytes'][network] / 1e6:.1f} MB | {runtime(best)} "
         f"| {latency['fp32_eager']['p50'] / latency[best]['p50']:.1f}x "
         f"| {latency[best_fp32]['p50'] / latency[best]['p50']:.1f}x |"
@@ -100,11 +100,12 @@ def plot(results: dict[str, dict[str, dict[str, Any]]]) -> None:
         for (row, stage, network), marker in zip(ROWS, "osD", strict=True):
             metrics = stages[stage]
             accuracy = metrics["accuracy"][network]
+            low, high = wilson(accuracy, metrics["test_images"])
             latency = metrics["latency_ms"]
             axes.errorbar(
                 latency["fp32_eager"]["p50"] / latency[_fastest(metrics, network)]["p50"],
                 100 * accuracy,
-                yerr=196 * sigma(accuracy, metrics["test_images"]),
+                yerr=[[100 * (accuracy - low)], [100 * (high - accuracy)]],
                 marker=marker,
                 capsize=3,
                 label=f"{row}, {name.replace('_', ' ')}",

@@ -6,6 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lightning_qat.report.intervals import wilson
 from lightning_qat.report.titles import NETWORKS, fastest, network, title
 
 # Whose prediction a network's is compared with.
@@ -19,7 +20,8 @@ def print_metrics(metrics: dict[str, Any]) -> None:
         title=f"{metrics['stage']}: {metrics['model']} on {metrics['data']}"
         f" (seed {metrics['seed']}, epochs {metrics['epochs']}{qconfig})",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),  # to fit into 80 columns
+        padding=(0, 1, 0, 0),  # this and the next to fit into 80 columns
+        show_edge=False,
     )
     for heading in ("", "test accuracy", "agrees", "size", "ms"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
@@ -37,7 +39,7 @@ def print_metrics(metrics: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(
-        "±: 95 % binomial interval. ms: median (p95) of one image on one thread."
+        "accuracy (95 % interval). ms: median (p95) of one image on one thread."
         + "\nagrees: INT8 TorchScript with fake-quant, the others with INT8 TorchScript."
         * ("agreement" in metrics)
     )
@@ -51,17 +53,13 @@ def print_metrics(metrics: dict[str, Any]) -> None:
         )
 
 
-def sigma(accuracy: float, images: int) -> float:
-    """One binomial standard deviation of an accuracy measured on so many images."""
-    return (accuracy * (1 - accuracy) / images) ** 0.5
-
-
 def _figures(metrics: dict[str, Any], name: str) -> list[str]:
     accuracy = metrics["accuracy"][name]
+    low, high = wilson(accuracy, metrics["test_images"])
     agreement = metrics.get("agreement", {}).get(f"{name}_vs_{_REFERENCE.get(name, 'int8')}")
     size = metrics["size_bytes"].get(name)
     return [
-        f"{accuracy:.2%} ± {1.96 * sigma(accuracy, metrics['test_images']):.2%}",
+        f"{accuracy:.2%} ({100 * low:.3g}-{100 * high:.3g})",
         "" if agreement is None else f"{agreement:.2%}",
         f"{size / 1e6:.1f} MB" if size else "",
     ]
