@@ -59,7 +59,7 @@ def best_weights(trainer: pl.Trainer, target: str) -> dict[str, Tensor] | None:
             except pickle.UnpicklingError as error:
                 raise UserError(
                     f"the best checkpoint {best} cannot be read without executing what it holds: "
-                    f"{_first_lines(error)}\nWas it written by this run? Delete it and start again."
+                    f"{_found(error)}\nWas it written by this run? Delete it and start again."
                 ) from error
             return _below(checkpoint["state_dict"], target)
     return None
@@ -167,7 +167,7 @@ def read_checkpoint(path: str | Path, hint: str) -> dict[str, Any]:
         raise UserError(
             f"{path} cannot be read as a checkpoint (truncated, damaged, not one that PyTorch "
             "wrote, or with hyper-parameters that are not plain numbers, strings, lists and "
-            f"dictionaries): {_first_lines(error)}\nDelete or replace it; {hint}"
+            f"dictionaries): {_found(error)}\nDelete or replace it; {hint}"
         ) from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; {hint}")
@@ -238,3 +238,10 @@ def _below(state: dict[str, Tensor], target: str) -> dict[str, Tensor]:
 
 def _first_lines(error: Exception) -> str:
     return "\n".join(str(error).splitlines()[:3])
+
+
+def _found(error: Exception) -> str:
+    """What torch found in a file, without its advice to execute that."""
+    if isinstance(error, pickle.UnpicklingError):  # the advice, raised where this came up
+        error = error.__context__ or error  # type: ignore[assignment]
+    return _first_lines(error).partition(" Please use")[0]

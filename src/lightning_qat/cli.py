@@ -231,9 +231,10 @@ def users_mistake(error: BaseException | None) -> str | None:
             if "__init__() missing" in str(error):
                 return f"an override takes away something that is needed: {error}"
             if "full_key: trainer" in str(error) and not isinstance(error.__cause__, UserError):
+                given = [x for x in HydraConfig.get().overrides.task if "trainer" in x]
                 return (
-                    f"Lightning refuses a value of trainer.*: {error}\ntrainer=auto takes what "
-                    "this machine has."
+                    f"Lightning refuses a value of trainer.*: {error}\nYou set "
+                    f"{' '.join(given) or 'none'}; trainer=auto takes what this machine has."
                 )
         if str(error).startswith("You set `"):  # Lightning, about what torchrun or srun started
             return (

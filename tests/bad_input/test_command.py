@@ -63,7 +63,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "accelerator": (["trainer.accelerator=abacus"], ["abacus", "trainer"]),
     "no_gpu": (["trainer=gpu"], ["gpu", "trainer=auto"]),
     "precision": (["trainer.precision=5"], ["precision", "trainer"]),
-    "limit": (["trainer.limit_train_batches=few"], ["refuses a value of trainer.*"]),
+    "limit": (
+        ["trainer.limit_train_batches=few"],
+        ["refuses a value of trainer.*", "trainer.limit_train_batches=few"],
+    ),
     "limit_zero": (["trainer.limit_train_batches=0"], ["limit_train_batches=0 trains nothing"]),
     "log_every": (["trainer.log_every_n_steps=x"], ["log_every_n_steps='x'", ">= 0"]),
     "deterministic_word": (["trainer.deterministic=maybe"], ["deterministic='maybe'"]),

@@ -41,7 +41,7 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "number": ([str(TRAIN), "data=digits", "data.batch_size=0"], ["batch_size=0"]),
     "hostile checkpoint": (
         [str(TRAIN), "data=digits", "stage=ptq", "fp32_ckpt={}/hostile.ckpt"],
-        ["hostile.ckpt cannot be read as a checkpoint"],
+        ["hostile.ckpt cannot be read as a checkpoint", "posix.mkdir"],
     ),
     "model": ([*PREDICT, "{}/text.onnx", "{}/text.png"], ["text.onnx cannot be loaded"]),
     "no image": ([*PREDICT, "{}/text.onnx"], ["IMAGE"]),
