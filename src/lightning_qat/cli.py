@@ -71,17 +71,17 @@ class CommandCheck(Callback):
         """For a multirun."""
         folder = config.hydra.sweep.dir
         refused = processes.refused(config) or resume.refused_sweep(config)
-        _begin_in("hydra.sweep.dir", folder, refused)
+        _begin_in("hydra.sweep.dir", folder, refused, config.hydra.launcher._target_)
         resume.record_sweep(config)
 
 
-def _begin_in(argument: str, folder: str, message: str | None) -> None:
+def _begin_in(argument: str, folder: str, message: str | None, launcher: str = "") -> None:
     if message is None:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
             if not processes.is_watched() and not processes.rank():
                 _until_the_end.enter_context(in_use.alone_in(Path(folder)))
-                interrupt.resumable_with(argument, folder)
+                interrupt.resumable_with(argument, folder, launcher)
         except UserError as error:
             message = str(error)
         except OSError as error:

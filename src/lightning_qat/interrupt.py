@@ -11,6 +11,7 @@ from types import FrameType
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _received: int | None = None
 _command: str | None = None
+_jobs_run_on = False
 
 
 @contextmanager
@@ -40,9 +41,10 @@ def was_received() -> bool:
     return _received is not None
 
 
-def resumable_with(argument: str, folder: str) -> None:
+def resumable_with(argument: str, folder: str, launcher: str) -> None:
     """From now on, the command can be continued in this folder, which the argument names."""
-    global _command
+    global _command, _jobs_run_on
+    _jobs_run_on = "submitit" in launcher  # they are no children of this process
     given = (x for x in sys.argv[1:] if not x.lstrip("+").startswith((f"{argument}=", "resume=")))
     if not re.fullmatch(r"[\w./:@%+-]+", folder, re.ASCII):  # what Hydra takes without quotes
         folder = '"' + folder.replace("\\", r"\\").replace('"', r"\"") + '"'
@@ -56,5 +58,9 @@ def tell() -> int:
         signal.signal(number, signal.SIG_IGN)  # nothing is left to be interrupted
     if _command:
         name = "Ctrl-C" if _received == signal.SIGINT else signal.Signals(_received).name
-        print(f"\nInterrupted by {name}. This continues it:\n{_command}", file=sys.stderr)
+        jobs = " Jobs that submitit has started run on: wait for them, or end them."
+        print(
+            f"\nInterrupted by {name}.{jobs * _jobs_run_on} This continues it:\n{_command}",
+            file=sys.stderr,
+        )
     return 128 + _received
