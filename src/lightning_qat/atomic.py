@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and what a killed process leaves of them."""
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ def remove_partials(folder: Path, name: str = "") -> None:
 
     The caller holds a lock, so that no living process is at work on them.
     """
-    for partial in folder.glob(f".{name}*{PARTIAL}"):
+    begins = f".{glob.escape(name)}.[0-9]" if name else "."
+    for partial in folder.glob(f"{begins}*{PARTIAL}"):
         if partial.is_dir():
             shutil.rmtree(partial)
         else:
