@@ -147,7 +147,8 @@ def undescribed_torchscript(file: Path, good: Path) -> None:
 
 def bomb_of_a_description(file: Path, good: Path) -> None:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(f"model/extra/{KEY}.json", " " * (LONGEST_DESCRIPTION + 1))
+        text = description().to_json() + " " * LONGEST_DESCRIPTION  # good, but for its length
+        archive.writestr(f"model/extra/{KEY}.json", text)
 
 
 def zip_of_text(file: Path, good: Path) -> None:
