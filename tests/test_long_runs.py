@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_train
+from tests.conftest import GIVES_BACK, run_train
 
 pytestmark = pytest.mark.slow
 
 EPOCHS, JOBS = 200, 10
-HEAP = {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # else glibc keeps what is freed: by chance 29 MB
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def settings(tmp_path: Path) -> list[str]:
 
 def train(*args: str) -> tuple[int, str]:
     """In a process of its own: one that has run other tests has memory to give back and take."""
-    done = run_train(*args, **HEAP)
+    done = run_train(*args, **GIVES_BACK)
     return done.returncode, done.stdout + done.stderr
 
 

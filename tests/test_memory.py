@@ -16,6 +16,7 @@ from lightning_qat.network import resnet18
 from lightning_qat.quantization.convert import convert
 from lightning_qat.quantization.prepare import prepare_qat
 from lightning_qat.quantization.qconfig import x86
+from tests.conftest import GIVES_BACK
 from tests.long_run import look
 
 
@@ -79,9 +80,8 @@ def grown_by_exports(stage: str) -> float:
 @pytest.mark.parametrize("stage", ["fp32", "int8"])
 def test_an_exported_network_is_not_kept(stage: str) -> None:
     command = f"from tests.test_memory import grown_by_exports; print(grown_by_exports({stage!r}))"
-    fixed = {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # else glibc keeps what others have given back
     said = subprocess.run(
-        [sys.executable, "-c", command], capture_output=True, text=True, env=os.environ | fixed
+        [sys.executable, "-c", command], capture_output=True, text=True, env=os.environ | GIVES_BACK
     )
     assert float(said.stdout) < 0.5, said.stderr
 

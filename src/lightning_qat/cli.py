@@ -231,7 +231,8 @@ def users_mistake(error: BaseException | None) -> str | None:
             if "__init__() missing" in str(error):
                 return f"an override takes away something that is needed: {error}"
             if "full_key: trainer" in str(error) and not isinstance(error.__cause__, UserError):
-                given = [x for x in HydraConfig.get().overrides.task if "trainer" in x]
+                task = HydraConfig.get().overrides.task
+                given = [x for x in task if x.lstrip("+~").startswith("trainer")]
                 return (
                     f"Lightning refuses a value of trainer.*: {error}\nYou set "
                     f"{' '.join(given) or 'none'}; trainer=auto takes what this machine has."

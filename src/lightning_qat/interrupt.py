@@ -44,7 +44,7 @@ def was_received() -> bool:
 def resumable_with(argument: str, folder: str, launcher: str) -> None:
     """From now on, the command can be continued in this folder, which the argument names."""
     global _command, _jobs_run_on
-    _jobs_run_on = "submitit" in launcher  # they are no children of this process
+    _jobs_run_on = "submitit" in launcher  # only what the terminal sends reaches them, if that
     given = (x for x in sys.argv[1:] if not x.lstrip("+").startswith((f"{argument}=", "resume=")))
     if not re.fullmatch(r"[\w./:@%+-]+", folder, re.ASCII):  # what Hydra takes without quotes
         folder = '"' + folder.replace("\\", r"\\").replace('"', r"\"") + '"'
@@ -58,7 +58,7 @@ def tell() -> int:
         signal.signal(number, signal.SIG_IGN)  # nothing is left to be interrupted
     if _command:
         name = "Ctrl-C" if _received == signal.SIGINT else signal.Signals(_received).name
-        jobs = " Jobs that submitit has started run on: wait for them, or end them."
+        jobs = " Jobs that submitit has started may run on: wait for them, or end them."
         print(
             f"\nInterrupted by {name}.{jobs * _jobs_run_on} This continues it:\n{_command}",
             file=sys.stderr,
