@@ -54,8 +54,8 @@ def checked_path(name: str, value: Any) -> str:
     """`value` as a string.
 
     Raises:
-        UserError: it is no path.
+        UserError: it is no path, or an empty one.
     """
-    if not isinstance(value, str) and not hasattr(value, "__fspath__"):
+    if value == "" or not (isinstance(value, str) or hasattr(value, "__fspath__")):
         raise UserError(f"{name}={value!r} is not permitted: set it to a path.")
     return str(value)

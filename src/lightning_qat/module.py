@@ -104,7 +104,10 @@ class ImageClassifier(pl.LightningModule):
             new_head = not starts_trained
             load_weights(self.net, weights, "net", hparams, hint=weights_hint, new_head=new_head)
         elif starts_trained:
-            raise UserError(f"this stage starts from trained weights: {weights_hint}")
+            raise UserError(
+                "this stage starts from trained weights: set fp32_ckpt to their file, or leave it "
+                "out for the one that stage=fp32 writes."
+            )
         self._teacher: list[nn.Module] = []  # a list: neither trained nor saved
         if distill:
             self._teacher.append(copy.deepcopy(self.net).requires_grad_(False).eval())
@@ -241,6 +244,8 @@ class ImageClassifier(pl.LightningModule):
                 taught = self._teacher[0]((images - self.mean) / self.std).softmax(1)
             loss = (loss + F.cross_entropy(logits, taught)) / 2
         accuracy(logits, labels)
-        self.log(f"{stage}/loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True)
-        self.log(f"{stage}/accuracy", accuracy, prog_bar=True, on_step=False, on_epoch=True)
+        each_epoch: dict[str, Any] = {"on_step": False, "on_epoch": True}
+        # two numbers beside the progress bar: with four, an epoch fills five lines of 80 columns
+        self.log(f"{stage}/loss", loss, prog_bar=stage == "train", sync_dist=True, **each_epoch)
+        self.log(f"{stage}/accuracy", accuracy, prog_bar=stage == "val", **each_epoch)
         return loss

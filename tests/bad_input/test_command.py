@@ -109,7 +109,9 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     # files
     "weights_number": (["model.weights=5"], ["5", "path"]),
     "ckpt_number": (["ckpt_path=5"], ["5", "path"]),
-    "fp32_ckpt_null": (["stage=qat", "fp32_ckpt=null"], ["starts from trained weights"]),
+    "fp32_ckpt_null": (["stage=qat", "fp32_ckpt=null"], ["set fp32_ckpt to their file"]),
+    "fp32_ckpt_empty": (["stage=fp32", "fp32_ckpt="], ["fp32_ckpt=''", "set it to a path"]),
+    "fp32_ckpt_empty_read": (["stage=qat", "fp32_ckpt="], ["checkpoint=''", "set it to a path"]),
     "fp32_missing": (
         ["stage=qat", "fp32_ckpt=nowhere.ckpt"],
         ["nowhere.ckpt", "python train.py stage=fp32 data=digits model=resnet18 seed=0"],
