@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lightning_qat import cli
-from lightning_qat.overrides import as_typed
+from lightning_qat.overrides import of_the_job
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -32,8 +32,8 @@ def main(cfg: DictConfig) -> float | None:
     from lightning_qat.report.page import write_report
     from lightning_qat.report.table import print_metrics
 
-    runtime = HydraConfig.get().runtime
-    choices, folder = runtime.choices, Path(runtime.output_dir)
+    job = HydraConfig.get()
+    choices, folder = job.runtime.choices, Path(job.runtime.output_dir)
     checked_int("trainer.max_epochs", cfg.trainer.max_epochs, lowest=1)
     checked_int("trainer.log_every_n_steps", cfg.trainer.log_every_n_steps, lowest=0)
     checked_bool("trainer.deterministic", cfg.trainer.deterministic)
@@ -42,11 +42,16 @@ def main(cfg: DictConfig) -> float | None:
     latency_seconds = checked_float("latency_seconds", cfg.latency_seconds, lowest=0)
     export_onnx = checked_bool("export_onnx", cfg.export_onnx)
     uint8_input = checked_bool("uint8_input", cfg.uint8_input)
+    if cfg.model.get("starts_trained") and cfg.model.weights != cfg.fp32_ckpt:
+        raise UserError(
+            "model.weights starts stage=fp32, and this stage what that leaves: use fp32_ckpt=FILE."
+        )
     datamodule = instantiate(cfg.data, _convert_="all")
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     module = instantiate(
         cfg.model,
         num_classes=datamodule.num_classes,
+        class_names=datamodule.class_names,
         mean=datamodule.mean,
         std=datamodule.std,
         _convert_="all",
@@ -57,7 +62,7 @@ def main(cfg: DictConfig) -> float | None:
     callbacks = {name: instantiate(callback) for name, callback in wanted.items()}
     if cfg.ckpt_path is not None:
         check_resumable(cfg.ckpt_path)
-    loggers = [instantiate(logger) for logger in cfg.logger.values()]
+    loggers = [instantiate(logger) for logger in (cfg.logger or {}).values()]
     timer = pl.callbacks.Timer()  # counts on where a run is resumed
     trainer = instantiate(cfg.trainer, callbacks=[*callbacks.values(), timer], logger=loggers)
     trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
@@ -73,7 +78,8 @@ def main(cfg: DictConfig) -> float | None:
         "seed": cfg.seed,
         "epochs": trainer.current_epoch if trainer.global_step else 0,  # calibration trains none
         "training": {"seconds": timer.time_elapsed("train"), "processes": trainer.world_size},
-        "command": shlex.join(["python", "train.py", *as_typed(HydraConfig.get().overrides.task)]),
+        "command": shlex.join(["python", "train.py", *of_the_job(job.overrides.task)]),
+        "weights_sha256": getattr(callbacks.get("made_with"), "digest", None),
         "environment": environment(),
     }
     networks = callbacks["result"].networks

@@ -216,8 +216,8 @@ def _refuse_other_hparams(
         then = saved.get(name, value)
         if not isinstance(then, list | tuple) or list(then) != list(value):
             raise UserError(
-                f"{path} was trained with {name}={then}, this run has {list(value)}: other data or "
-                f"another experiment. {hint}"
+                f"{path} was trained with {name}={then!s:.200}, this run has "
+                f"{list(value)!s:.200}: other data or another experiment. {hint}"
             )
 
 

@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_qat import in_use, interrupt, processes, resume, search
+from lightning_qat import in_use, interrupt, processes, resume, search, sweep_stages
 from lightning_qat.atomic import atomic_path
 from lightning_qat.errors import UserError
 from lightning_qat.overrides import as_typed
@@ -70,7 +70,11 @@ class CommandCheck(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """For a multirun."""
         folder = config.hydra.sweep.dir
-        refused = processes.refused(config) or resume.refused_sweep(config)
+        refused = (
+            processes.refused(config)
+            or resume.refused_sweep(config)
+            or sweep_stages.refused(config)
+        )
         _begin_in("hydra.sweep.dir", folder, refused, config.hydra.launcher._target_)
         resume.record_sweep(config)
 
@@ -246,6 +250,12 @@ def users_mistake(error: BaseException | None) -> str | None:
             return (
                 "the checkpoint in ckpt_path is of an older version, which trained another way: "
                 "start again, from its weights if you like (model.weights=FILE)."
+            )
+        if "failed to create QNNPACK" in str(error):
+            return (
+                "QNNPACK has no sum for these scales, which differ by 2^14 or more (2^8 the other "
+                "way): keep the branch that is nearly 0 in float with overrides, or use "
+                "qconfig=x86."
             )
         if "Expected more than 1 value per channel" in str(error):
             return "batch-norm cannot train on one image a step: raise data.batch_size."

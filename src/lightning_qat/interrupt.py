@@ -1,12 +1,13 @@
 """Ctrl-C and SIGTERM: the command ends at once, keeps what is saved, and says how to go on."""
 
-import re
 import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from lightning_qat.overrides import quoted
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _received: int | None = None
@@ -46,9 +47,8 @@ def resumable_with(argument: str, folder: str, launcher: str) -> None:
     global _command, _jobs_run_on
     _jobs_run_on = "submitit" in launcher  # only what the terminal sends reaches them, if that
     given = (x for x in sys.argv[1:] if not x.lstrip("+").startswith((f"{argument}=", "resume=")))
-    if not re.fullmatch(r"[\w./:@%+-]+", folder, re.ASCII):  # what Hydra takes without quotes
-        folder = '"' + folder.replace("\\", r"\\").replace('"', r"\"") + '"'
-    _command = shlex.join(["python", sys.argv[0], *given, f"{argument}={folder}", "resume=true"])
+    here = f"{argument}={quoted(folder)}"
+    _command = shlex.join(["python", sys.argv[0], *given, here, "resume=true"])
 
 
 def tell() -> int:

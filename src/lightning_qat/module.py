@@ -25,6 +25,7 @@ class ImageClassifier(pl.LightningModule):
         net: makes the network for ``num_classes``: normalised images N x 3 x H x W, float32 ->
             logits N x ``num_classes``.
         num_classes: how many classes.
+        class_names: by class index; weights that come trained must be of the same. None = any.
         mean, std: normalisation of images in [0, 1], per channel.
         learning_rate: of SGD, for one process; with the one-cycle schedule its peak. Each of N
             processes takes a batch of its own, so that together they train with N times the rate
@@ -40,7 +41,7 @@ class ImageClassifier(pl.LightningModule):
             "Super-Convergence", 2018), stepped every batch.
         weights: checkpoint of this class, or state dict of ``net``, to start from.
         weights_hint: what to do where there is no such file, for the error message.
-        starts_trained: ``weights`` must be there and of just this network and normalisation;
+        starts_trained: ``weights`` must be there and of just this network, normalisation, classes;
             otherwise published weights for other classes will do.
         distill: learn from what the network says that ``weights`` make, too: half of the loss is
             the cross-entropy with its probabilities (Hinton et al., "Distilling the Knowledge in a
@@ -71,6 +72,7 @@ class ImageClassifier(pl.LightningModule):
         scale_learning_rate: float | None = None,
         distill: bool = False,
         compile: str | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         checked_float("model.learning_rate", learning_rate, lowest=0)
@@ -100,7 +102,9 @@ class ImageClassifier(pl.LightningModule):
         # integer and float convolutions are both faster with channels last
         self.net = net(num_classes).to(memory_format=torch.channels_last)
         if weights is not None:
-            hparams = {"mean": mean, "std": std} if starts_trained else {}
+            hparams: dict[str, Any] = {"mean": mean, "std": std} if starts_trained else {}
+            if starts_trained and class_names is not None:
+                hparams["class_names"] = class_names
             new_head = not starts_trained
             load_weights(self.net, weights, "net", hparams, hint=weights_hint, new_head=new_head)
         elif starts_trained:

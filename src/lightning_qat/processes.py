@@ -21,7 +21,7 @@ from hydra.utils import get_original_cwd
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_qat.errors import UserError
-from lightning_qat.overrides import as_typed
+from lightning_qat.overrides import as_typed, quoted
 
 FIRST_SPEAKS_WITHIN = 10  # seconds, by which processes started together may be apart
 _WATCHED = "LIGHTNING_QAT_WATCHED"
@@ -112,7 +112,7 @@ def run(hydra: HydraConf, script: Path) -> int:
         f"--config-name={hydra.job.config_name}",
         *(f"{_OPTIONS[source.provider]}={source.path}" for source in sources),
         *(override for override in overrides if not override.startswith("hydra.mode=")),
-        f'hydra.run.dir="{hydra.runtime.output_dir}"',
+        f"hydra.run.dir={quoted(hydra.runtime.output_dir)}",
         "hydra.output_subdir=null",  # it is written already
     ]
     environment = os.environ | {_WATCHED: "1"}

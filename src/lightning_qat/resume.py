@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.conf import HydraConf
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_qat import in_use, processes
 from lightning_qat.atomic import atomic_path
 from lightning_qat.errors import UserError
-from lightning_qat.overrides import as_typed
+from lightning_qat.overrides import HOW_IT_IS_RUN, as_typed, of_a_sweep
 
 SWEEP_FILE = "arguments.json"
 FAILURE_FILE = "failure.json"
@@ -36,9 +34,6 @@ _OF_THE_SWEEP = (
     "hydra.sweeper.sampler",
     "hydra.sweep.subdir",
 )
-
-HOW_IT_IS_RUN = ("resume", "launcher")
-"""Arguments of ours that say nothing about a job."""
 
 log = logging.getLogger(__name__)
 
@@ -258,10 +253,7 @@ def _nowhere(argument: str, what: str) -> str:
 
 def _empty(config: DictConfig) -> str | None:
     """Name the argument of a sweep that has no value: there would be no job, and no error."""
-    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    arguments = [f"{name}={value}" for name, value in params.items()]
-    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-    for override in parser.parse_overrides([*arguments, *as_typed(config.hydra.overrides.task)]):
+    for override in of_a_sweep(config):
         if override.is_discrete_sweep() and next(override.sweep_string_iterator(), None) is None:
             return (
                 f"{override.input_line} stands for no value at all, so this sweep has no job: name "

@@ -115,6 +115,11 @@ OTHER: dict[str, tuple[Make, list[str], list[str]]] = {
     "classes": (changed(other_classes), [], ["another", "size mismatch"]),
     "stem": (changed(lambda x: None), ["model=resnet18_imagenet_stem"], ["another", "mismatch"]),
     "data": (changed(lambda x: None), ["+data.mean=[0.1,0.2,0.3]"], ["was trained with mean"]),
+    "names of classes": (
+        changed(lambda x: x["hyper_parameters"].update(class_names=[*"123456789", "0"])),
+        [],
+        ["was trained with class_names=['1', '2'"],
+    ),
     "mean that is none": (
         changed(lambda x: x["hyper_parameters"].update(mean=5)),
         [],

@@ -105,9 +105,22 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "budget_nan": (["budget.milliseconds=nan"], ["budget.milliseconds=nan"]),
     "budget_number": (["budget=5"], ["budget=5", "budget.megabytes"]),
     "budget_of_a_sweep": (["-m", "budget.megabytes=0", "seed=0,1"], ["budget.megabytes=0"]),
+    "fp32_not_first": (["-m", "stage=ptq,fp32"], ["stage=ptq,fp32", "put it first"]),
+    "fp32_beside_the_others": (
+        ["-m", "stage=fp32,ptq", "launcher=joblib"],
+        ["at the same time", "run -m stage=fp32 first"],
+    ),
+    "one_file_for_two_trainings": (
+        ["-m", "stage=fp32,ptq", "recipe.fp32.epochs=1,2"],
+        ["'fp32_ckpt=${output_dir}/fp32/${recipe.fp32.epochs}.ckpt'"],
+    ),
     "budget_unknown": (["-m", "+budget.watts=5", "seed=0,1"], ["watts", "budget.milliseconds"]),
     # files
     "weights_number": (["model.weights=5"], ["5", "path"]),
+    "weights_of_the_stage_before": (
+        ["stage=ptq", "model.weights=x.ckpt"],
+        ["use fp32_ckpt=FILE"],
+    ),
     "ckpt_number": (["ckpt_path=5"], ["5", "path"]),
     "fp32_ckpt_null": (["stage=qat", "fp32_ckpt=null"], ["set fp32_ckpt to their file"]),
     "fp32_ckpt_empty": (["stage=fp32", "fp32_ckpt="], ["fp32_ckpt=''", "set it to a path"]),

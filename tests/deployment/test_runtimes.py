@@ -11,7 +11,9 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from torch import Tensor, nn
 
+from lightning_qat.deployment.deployed import save_torchscript
 from lightning_qat.deployment.description import KEY, Description
 from lightning_qat.deployment.runtimes import load
 from lightning_qat.errors import UserError
@@ -37,6 +39,24 @@ def test_every_format_gives_the_same_logits(
     assert torch.allclose(load(exported[kind])(levels / 16), expected, atol=1e-6)
     assert torch.allclose(load(exported[f"pixels-{kind}"])(levels), expected, atol=1e-6)
     assert load(exported[kind]).description == description()
+
+
+class UnlikeSum(nn.Module):
+    """A sum that QNNPACK does not have, because of its scales."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        large = torch.quantize_per_tensor(x, 1.0, 0, torch.quint8)
+        small = torch.quantize_per_tensor(x, 1e-5, 0, torch.quint8)
+        return torch.ops.quantized.add(large, small, 1.0, 0).dequantize()
+
+
+def test_a_torchscript_file_is_measured_in_the_engine_that_it_runs_in(tmp_path: Path) -> None:
+    scripted, x = torch.jit.script(UnlikeSum()), torch.ones(1, 3, 8, 8)
+    for engine in ("x86", "qnnpack"):
+        save_torchscript(scripted, tmp_path / f"{engine}.ts", description(engine=engine))
+    assert torch.equal(load(tmp_path / "x86.ts")(x), x)
+    with pytest.raises(RuntimeError, match="failed to create QNNPACK Add"):
+        load(tmp_path / "qnnpack.ts")(x)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

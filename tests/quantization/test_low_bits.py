@@ -13,6 +13,7 @@ from lightning_qat import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_qat.deployment.onnx_export import to_onnx
 from lightning_qat.errors import UserError
 from lightning_qat.quantization import QCONFIGS, make_qconfig
+from lightning_qat.quantization.prepare import prepare_qat
 from tests.quantization.networks import SmallModule, loader
 from tests.quantization.random_layers import needs_every_integer
 from tests.quantization.test_callback import trainer_with
@@ -266,6 +267,25 @@ def test_the_bits_of_one_layer_are_those_of_what_it_takes_in(
     step = net.fc.activation_post_process.scale.detach()
     with torch.no_grad():
         assert ((net(x) - callback.int8_model(x)).abs() / step).max() < 1.5
+
+
+class SharedLayer(nn.Module):
+    """One layer, called twice, that two others read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.conv, self.a, self.b, self.last = (nn.Conv2d(3, 3, 1) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.b(self.conv(self.a(self.conv(self.first(x))))))
+
+
+def test_where_readers_differ_the_first_decides_each_time() -> None:
+    overrides: Any = {"a": QCONFIGS["w3a3"](), "b": QCONFIGS["w2a2"]()}
+    nets: list[Any] = [
+        prepare_qat(SharedLayer(), QCONFIGS["w4a4"](), "x86", overrides) for _ in range(10)
+    ]
+    assert {net.conv.activation_post_process.quant_max for net in nets} == {2**3 - 1}
 
 
 def test_what_an_activation_function_takes_in_keeps_8_bits(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_a_checkpoint_reloads_into_a_fresh_module(whole: Run) -> None:
     callback, fresh = QuantizationAwareTraining(), SmallModule()
     module = callback.load(fresh, whole.folder / "last.ckpt")
     assert module is fresh
+    assert "fp32" not in callback.networks  # only `fit` has seen what it was trained from
     x, _ = images()
     assert torch.equal(callback.int8_model(x), whole.int8_logits)
     trainer = trainer_with(folder=whole.folder)

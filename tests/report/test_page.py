@@ -150,7 +150,7 @@ def test_qat_is_worth_it_beyond_the_noise_only(qat_wins: float, said: str, tmp_p
         {"qconfig": "qnnpack"},
         {"model": "resnet18_imagenet_stem"},
         {"stage": "qat"},
-        {"accuracy": {"fp32": 0.5, "int8": 0.5}},
+        {"weights_sha256": "that of other weights"},
         {"command": "python train.py stage=ptq data=digits 'overrides={fc:null}'"},
         {"command": "python train.py stage=ptq data=digits only=fc"},
         {"command": "python train.py stage=ptq data=digits qconfig.weight_bits=4"},
@@ -190,3 +190,20 @@ def test_same_run_gives_the_same_page_and_leaves_matplotlib_alone(tmp_path: Path
         pages.add((tmp_path / "run" / "report.html").read_bytes())
     assert len(pages) == 1
     assert {name: matplotlib.rcParams[name] for name in settings} == before
+
+
+def test_learning_rates_that_differ_are_drawn_once_each(tmp_path: Path) -> None:
+    metrics, evidence = make_run("qat", tmp_path / "run")
+    rows = ["step,lr-SGD/pg1,lr-SGD/pg2,lr-SGD/pg3,train/loss", "1,1,1,10,0.5", "2,2,2,20,0.4"]
+    (tmp_path / "run" / "csv" / "metrics.csv").write_text("\n".join(rows) + "\n")
+    write_report(metrics, evidence, tmp_path / "run")
+    words = Page((tmp_path / "run" / "report.html").read_text()).words
+    assert [f"lr-SGD/pg{i}" in words for i in (1, 2, 3)] == [True, False, True]
+
+
+def test_the_command_of_another_stage_leaves_out_what_was_for_this_one(tmp_path: Path) -> None:
+    metrics, evidence = make_run("fp32", tmp_path / "run")
+    metrics["command"] += " model.weights=a.ckpt trainer.limit_train_batches=2 seed=1"
+    write_report(metrics, evidence, tmp_path / "run")
+    words = Page((tmp_path / "run" / "report.html").read_text()).words
+    assert "python train.py stage=ptq data=digits seed=1 " in words

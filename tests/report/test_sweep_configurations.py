@@ -84,7 +84,7 @@ def five(tmp_path: Path) -> dict[str, Configuration]:
                 size_bytes__int8_packed=size * 10**6, **validated(share))  # fmt: skip
     named = {label.removeprefix("qconfig="): x for label, x in found(tmp_path).items()}
     for name, p50 in {"a": 1.0, "b": 0.98, "c": 2.0, "d": 1.0, "e": 0.5}.items():
-        named[name].latency = Latency("onnx", p50, 2 * p50, p50 / 4)
+        named[name].latency = Latency("onnx", p50, p50 / 4)
     return named
 
 

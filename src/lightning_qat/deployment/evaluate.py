@@ -25,17 +25,18 @@ from lightning_qat.deployment.deployed import DeployedModel
 from lightning_qat.deployment.description import PIXELS, UNIT, Description
 from lightning_qat.deployment.evidence import Evidence
 from lightning_qat.deployment.export import ExportedFile, export
-from lightning_qat.deployment.latency import SECONDS, measure_latency
+from lightning_qat.deployment.latency import measure_latency
 from lightning_qat.deployment.openvino_export import is_installed
 from lightning_qat.deployment.pixels import for_pixels
 from lightning_qat.deployment.runtimes import Runtime, load
+from lightning_qat.quantization.convert import quantised_engine
 from lightning_qat.quantization.damage import layer_damage
 from lightning_qat.quantization.packed import packed_bytes
 from lightning_qat.quantization.resolve import activation_range
 
 log = logging.getLogger(__name__)
 
-LAYER_IMAGES = 256  # training images on which the damage of each layer is measured
+LAYER_IMAGES = 256  # training images, at most, on which the damage of each layer is measured
 SAMPLES = 24  # pictures in the report
 _FILE_KEYS = {"torchscript": "int8", "onnx": "onnx", "openvino": "openvino"}
 
@@ -61,9 +62,9 @@ def evaluate(
     datamodule: ImageDataModule,
     folder: Path,
     run: dict[str, Any],
-    uint8_input: bool = False,
-    latency_seconds: float = SECONDS,
-    export_onnx: bool = True,
+    uint8_input: bool,
+    latency_seconds: float,
+    export_onnx: bool,
 ) -> tuple[dict[str, Any], Evidence]:
     """Export to ``folder`` and measure: accuracy, agreement, sizes, latency, damage by layer.
 
@@ -84,14 +85,14 @@ def evaluate(
     models: dict[str, Any] = {
         name: DeployedModel(net, datamodule.mean, datamodule.std) for name, net in networks.items()
     }
-    images = _first_images(datamodule, datamodule.test_dataloader())
+    images = _first_images(datamodule, datamodule.test_dataloader(), 2)
     one_image = images[:1].contiguous()  # the layout in which a user's image comes
     description = _describe(run, datamodule, networks.get("int8"))
     files: dict[str, ExportedFile] = {}
     warnings: list[str] = []
     if "int8" in models:
         stem = folder / "model_int8"
-        exported = export(models["int8"], stem, description, images[:2], warnings, export_onnx)
+        exported = export(models["int8"], stem, description, images, warnings, export_onnx)
         if export_onnx and not is_installed():
             log.info(
                 "OpenVINO is not installed, so there will be no model_int8.xml: pip install "
@@ -101,7 +102,7 @@ def evaluate(
     # in the run's folder, from which it is cleared away even if this process is killed
     with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=PARTIAL) as scratch:
         stem = Path(scratch) / "model_fp32"
-        fp32_files = export(models["fp32"], stem, description, images[:2], warnings, export_onnx)
+        fp32_files = export(models["fp32"], stem, description, images, warnings, export_onnx)
         if uint8_input and files:
             files |= _export_for_pixels(
                 models["int8"], datamodule, folder, description, warnings, export_onnx
@@ -144,9 +145,10 @@ def evaluate(
             )
         unlike = (logits["fp32"].argmax(1) != logits["int8"].argmax(1)).nonzero().flatten()
         # training images: nothing may be chosen by what the test set shows
-        images = _first_images(datamodule, datamodule.train_dataloader())[:LAYER_IMAGES]
+        images = _first_images(datamodule, datamodule.train_dataloader(), LAYER_IMAGES)
         images = models["fp32"].normalise(images)
-        layers = layer_damage(networks["fake_quant"], networks["int8"], images)
+        int8: Any = networks["int8"]
+        layers = layer_damage(networks["fake_quant"], int8, images)
     for warning in warnings:
         log.warning(warning)
     return figures, Evidence(
@@ -193,9 +195,13 @@ def _describe(run: dict[str, Any], datamodule: ImageDataModule, int8: Any | None
     )
 
 
-def _first_images(datamodule: ImageDataModule, loader: Any) -> Tensor:
-    images, _ = datamodule.on_after_batch_transfer(next(iter(loader)), 0)
-    return images
+def _first_images(datamodule: ImageDataModule, loader: Any, most: int) -> Tensor:
+    batches: list[Tensor] = []
+    for batch in loader:
+        batches += [datamodule.on_after_batch_transfer(batch, 0)[0]]
+        if sum(map(len, batches)) >= most:
+            break
+    return torch.cat(batches)[:most]
 
 
 def _export_for_pixels(
@@ -222,6 +228,16 @@ def _taking_floats(model: Runtime) -> Callable[[Tensor], Tensor]:
     return lambda images: model((images * most).round().to(torch.uint8))
 
 
+def _as_deployed(model: DeployedModel) -> Callable[[Tensor], Tensor]:
+    """An integer network in the engine of torch that it was made for."""
+
+    def run(images: Tensor) -> Tensor:
+        with quantised_engine(model.net.engine):  # type: ignore[arg-type]
+            return model(images)
+
+    return run
+
+
 def _timed(
     models: dict[str, Any], fp32_files: dict[str, ExportedFile], files: dict[str, ExportedFile]
 ) -> dict[str, Any]:
@@ -237,7 +253,7 @@ def _timed(
     }
     timed |= {f"fp32_{name}": load(file.path, threads=1) for name, file in fp32_files.items()}
     if "int8" in models:
-        timed["int8_eager"] = models["int8"]
+        timed["int8_eager"] = _as_deployed(models["int8"])
     for name, key in _FILE_KEYS.items():
         if key in files:
             timed[f"int8_{name}"] = load(files[key].path, threads=1)

@@ -73,13 +73,15 @@ class TorchScript:
         # torch warns once that this is deprecated: here through Python, which filters it; inside
         # torch.jit.load it would go to stderr
         torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
-        with quantised_engine(self.description.engine or torch.backends.quantized.engine):
+        self._engine = self.description.engine or torch.backends.quantized.engine
+        with quantised_engine(self._engine):
             self._model = torch.jit.load(path)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """See ``Runtime``."""
-        return self._model(images)
+        with quantised_engine(self._engine):  # sums take their kernel from it at each call
+            return self._model(images)
 
 
 class OnnxRuntime:

@@ -131,6 +131,7 @@ class QuantizationCallback(pl.Callback):
             raise UserError(f"{other}: they differ in {', '.join(wrong[:5])}.")
         self._network(pl_module).apply(tq.disable_observer)
         self._to_check = None
+        self.networks.pop("fp32", None)  # as the fresh module came: not what was trained
         self._convert(copy.deepcopy(self._network(pl_module)))
         return pl_module
 

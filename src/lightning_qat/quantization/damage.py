@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.ao import quantization as tq
 
-from lightning_qat.quantization.convert import clip_name
+from lightning_qat.quantization.convert import Int8Model, clip_name, quantised_engine
 from lightning_qat.quantization.fake_quantize import integer_limits
 from lightning_qat.quantization.functions import float_functional_of
 
@@ -29,7 +29,7 @@ _KINDS = {
 
 
 def layer_damage(
-    fake_quantised: nn.Module, int8: nn.Module, images: Tensor
+    fake_quantised: nn.Module, int8: Int8Model, images: Tensor
 ) -> list[dict[str, Any]]:
     """Compare every integer layer with itself in float, worst first.
 
@@ -65,7 +65,7 @@ def layer_damage(
         if hasattr(module, "inplace"):
             module.inplace = False  # layers run twice on the same input
     layers = _integer_layers(net, int8)
-    with torch.no_grad():
+    with torch.no_grad(), quantised_engine(int8.engine):
         for batch in images.split(_IMAGES_AT_ONCE):
             integers = _Integers(int8, {layer.in_int8 for layer in layers.values()})
             integers.run(batch)

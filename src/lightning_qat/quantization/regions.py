@@ -122,7 +122,10 @@ class _Marking:
         What no layer reads, such as both sides of a residual sum, has 8.
         """
         rounding: dict[nn.Module, list[fx.Node]] = {}
-        for node in [*self.rounds, *self.stubs.values(), *self.qconfigs]:
+        concerned = {*self.rounds, *self.stubs.values(), *self.qconfigs}
+        for node in self.graph.nodes:  # in its order: where readers differ, the first decides
+            if node not in concerned:
+                continue
             module = float_functional_of(self.graph_module, node)
             if node.op == "call_module":
                 module = self.graph_module.get_submodule(str(node.target))

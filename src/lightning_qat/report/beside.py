@@ -12,8 +12,17 @@ from lightning_qat.report.metrics import FILE_NAME
 Curve = tuple[list[int], list[float]]  # steps, values
 
 # What a QAT and a PTQ run must share so that the two differ in method only.
-_SAME = ("data", "model", "qconfig", "seed")
+_SAME = ("data", "model", "qconfig", "seed", "weights_sha256")
 _SAME_ARGUMENTS = ("overrides=", "only=", "qconfig.", "allow_saturation=")
+
+# What a run of another stage does not take over.
+_OF_ONE_RUN = (
+    "stage=",
+    "ckpt_path=",
+    "model.weights=",
+    "trainer.max_epochs=",
+    "trainer.limit_train_batches=",
+)
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
@@ -56,10 +65,8 @@ def find_ptq(metrics: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any
 def _comparable(other: Any, metrics: dict[str, Any]) -> bool:
     if not isinstance(other, dict) or other.get("stage") != "ptq" or other.get("status") != 0:
         return False
-    # the same accuracy to the last digit: the same FP32 weights
-    same_weights = other["accuracy"]["fp32"] == metrics["accuracy"]["fp32"]
     same_arguments = _deciding_arguments(other) == _deciding_arguments(metrics)
-    return same_weights and same_arguments and all(other[key] == metrics[key] for key in _SAME)
+    return same_arguments and all(other.get(key) == metrics.get(key) for key in _SAME)
 
 
 def _deciding_arguments(metrics: dict[str, Any]) -> set[str]:
@@ -68,7 +75,6 @@ def _deciding_arguments(metrics: dict[str, Any]) -> set[str]:
 
 def command_for(stage: str, metrics: dict[str, Any]) -> str:
     """The command of a run, with another stage."""
-    of_one_run = ("stage=", "ckpt_path=", "trainer.max_epochs=")
     words = shlex.split(metrics["command"])[2:]
-    others = [word for word in words if not word.startswith(of_one_run)]
+    others = [word for word in words if not word.startswith(_OF_ONE_RUN)]
     return shlex.join(["python", "train.py", f"stage={stage}", *others])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_qat.deployment.evidence import Evidence
 from lightning_qat.report import plots, titles
-from lightning_qat.report.beside import command_for, find_ptq, read_curves
+from lightning_qat.report.beside import Curve, command_for, find_ptq, read_curves
 from lightning_qat.report.intervals import paired_difference, unpaired_noise, wilson
 from lightning_qat.report.render import write_page
 
@@ -173,12 +173,21 @@ def _curves(folder: Path) -> list[dict[str, Any]]:
     for title, names in {
         "loss": ["train/loss", "val/loss"],
         "accuracy": ["train/accuracy", "val/accuracy"],
-        "learning rate": [name for name in logged if name.startswith("lr-")],
+        "learning rate": _learning_rates(logged),
     }.items():
         lines = {name: logged[name] for name in names if name in logged}
         if lines:
             drawn.append({"title": title.capitalize(), "plot": plots.curves(title, lines)})
     return drawn
+
+
+def _learning_rates(logged: dict[str, Curve]) -> list[str]:
+    """One name a curve: weights, biases and batch-norm share theirs, learned scales do not."""
+    names: list[str] = []
+    for name in logged:
+        if name.startswith("lr-") and all(logged[name] != logged[other] for other in names):
+            names.append(name)
+    return names
 
 
 def _size_plot(metrics: dict[str, Any], evidence: Evidence) -> Markup:

@@ -20,6 +20,7 @@ _MARKERS = {
     "openvino": "v",
     "cuda": "P",
 }
+_LINES = ("ptq", "int8", "fake-quant")  # colours of curves, of which no plot has more than three
 MOST_LAYERS = 30  # in the plot: the worst
 MOST_CLASSES = 30  # in the matrix
 
@@ -76,7 +77,7 @@ def curves(title: str, lines: dict[str, Curve]) -> Markup:
     """Lines over the optimiser's steps, by the name they were logged under."""
     with style():
         figure, axes = panel(2.1)
-        for (name, (steps, values)), colour in zip(lines.items(), ("ptq", "int8"), strict=False):
+        for (name, (steps, values)), colour in zip(lines.items(), _LINES, strict=False):
             marker = "o" if len(steps) < 40 else None
             axes.plot(steps, values, color=COLOURS[colour], marker=marker, markersize=3, label=name)
         axes.set_xlabel("optimiser step")

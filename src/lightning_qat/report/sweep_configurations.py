@@ -6,9 +6,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lightning_qat.overrides import HOW_IT_IS_RUN
 from lightning_qat.report.intervals import student, unpaired_noise, wilson
 from lightning_qat.report.sweep_runs import Run
-from lightning_qat.resume import HOW_IT_IS_RUN
 
 LEAST_SEEDS = 3  # from which on the seeds themselves tell how much they differ
 
@@ -37,13 +37,12 @@ class Latency:
 
     Attributes:
         runtime: ``torchscript``, ``onnx``.
-        p50, p95: milliseconds.
+        p50: milliseconds.
         to_eager: the median, divided by that of the FP32 network in eager in the same rounds.
     """
 
     runtime: str
     p50: float
-    p95: float
     to_eager: float
 
 
