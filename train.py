@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lightning_qat import cli
-from lightning_qat.overrides import of_the_job
+from lightning_qat.overrides import as_typed, of_the_job
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -78,7 +78,7 @@ def main(cfg: DictConfig) -> float | None:
         "seed": cfg.seed,
         "epochs": trainer.current_epoch if trainer.global_step else 0,  # calibration trains none
         "training": {"seconds": timer.time_elapsed("train"), "processes": trainer.world_size},
-        "command": shlex.join(["python", "train.py", *of_the_job(job.overrides.task)]),
+        "command": shlex.join(["python", "train.py", *of_the_job(as_typed(job.overrides.task))]),
         "weights_sha256": getattr(callbacks.get("made_with"), "digest", None),
         "environment": environment(),
     }

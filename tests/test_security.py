@@ -125,11 +125,11 @@ class Calls:
         return self.called
 
 
-def best(path: Path) -> dict[str, torch.Tensor] | None:
+def best(path: Path) -> dict[str, torch.Tensor]:
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     callback = SimpleNamespace(monitor="val", best_model_path=str(path))
     chosen = SimpleNamespace(checkpoint_callbacks=[callback], strategy=trainer.strategy)
-    return best_weights(cast(pl.Trainer, chosen), "net")
+    return best_weights(cast(pl.Trainer, chosen), str(path), "net")
 
 
 def test_the_best_checkpoint_may_hold_any_hyper_parameter(tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             _save(checkpoint, partial)
 
 
-def best_weights(trainer: pl.Trainer, target: str) -> dict[str, Tensor] | None:
-    """The state dict of the submodule ``target`` in the best checkpoint of the run.
+def best_file(trainer: pl.Trainer) -> tuple[str, float] | None:
+    """The best checkpoint of the run, and when it was written (0 where it is gone).
 
     None where no ModelCheckpoint monitors anything: then the last weights count.
     """
@@ -53,16 +53,38 @@ def best_weights(trainer: pl.Trainer, target: str) -> dict[str, Tensor] | None:
         # not by its class: the package `lightning` has one of its own
         best = getattr(callback, "best_model_path", "")
         if getattr(callback, "monitor", None) and best:
-            try:
-                with torch.serialization.safe_globals(_stand_ins(best)):
-                    checkpoint = trainer.strategy.load_checkpoint(best, weights_only=True)
-            except pickle.UnpicklingError as error:
-                raise UserError(
-                    f"the best checkpoint {best} cannot be read without executing what it holds: "
-                    f"{_found(error)}\nWas it written by this run? Delete it and start again."
-                ) from error
-            return _below(checkpoint["state_dict"], target)
+            return best, Path(best).stat().st_mtime if Path(best).exists() else 0
     return None
+
+
+def best_weights(trainer: pl.Trainer, best: str, target: str) -> dict[str, Tensor]:
+    """The state dict of the submodule ``target`` in the best checkpoint."""
+    try:
+        with torch.serialization.safe_globals(_stand_ins(best)):
+            checkpoint = trainer.strategy.load_checkpoint(best, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"the best checkpoint {best} cannot be read without executing what it holds: "
+            f"{_found(error)}\nWas it written by this run? Delete it and start again."
+        ) from error
+    return _below(checkpoint["state_dict"], target)
+
+
+def refuse_to_replace(path: Path) -> None:
+    """Check that a file may be written anew: it is not there, or holds what ``save_weights`` wrote.
+
+    Raises:
+        UserError: it holds something else, which would be lost.
+    """
+    if not path.exists():
+        return
+    hint = "name another file with fp32_ckpt=FILE."
+    names = set(read_checkpoint(path, f"or {hint}"))
+    if not {"state_dict", "global_step"} <= names or "optimizer_states" in names:
+        raise UserError(
+            f"{path} holds something else than weights that stage=fp32 has left, and would be "
+            f"replaced by them: {hint}"
+        )
 
 
 class _StandIn:
@@ -122,7 +144,7 @@ def load_weights(
 
     Args:
         hparams: hyper-parameters that a Lightning checkpoint must have been trained with.
-        hint: what to do where there is no such file, for the error message.
+        hint: what to do where there is no such file, or a damaged one, for the error message.
         new_head: a plain state dict may be somebody's published weights for other classes: then
             the last layer stays as it was initialised.
 
@@ -130,6 +152,7 @@ def load_weights(
         UserError: the file is missing, damaged, or of another network.
     """
     checkpoint = read_checkpoint(path, hint)
+    hint = "Name another file; stage=fp32 with fp32_ckpt=FILE makes one."  # not again in its place
     state = state_dict(checkpoint, path, hint)
     if state is not checkpoint:
         _refuse_other_hparams(checkpoint.get("hyper_parameters", {}), hparams, path, hint)
@@ -141,13 +164,12 @@ def load_weights(
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} holds the weights of another network than this {type(net).__name__} (another "
-            f"model, stem or class count): {_first_lines(error)}\nName the checkpoint that belongs "
-            f"to it; {hint}"
+            f"model, stem or class count): {_first_lines(error)}\n{hint}"
         ) from error
     if wrong := [name for name, x in net.state_dict().items() if not x.isfinite().all()]:
         raise UserError(
             f"{path} holds weights that are no finite numbers, in {wrong[0]} ({len(wrong)} tensors "
-            f"in all): its training had diverged. Name another checkpoint; {hint}"
+            f"in all): its training had diverged. {hint}"
         )
     log.info("weights of %s", path)
 
@@ -211,7 +233,7 @@ def _refuse_other_hparams(
     saved: dict[str, Any], hparams: dict[str, Any], path: str, hint: str
 ) -> None:
     if not isinstance(saved, dict):
-        raise UserError(f"{path} is no checkpoint: its hyper_parameters are damaged; {hint}")
+        raise UserError(f"{path} is no checkpoint: its hyper_parameters are damaged. {hint}")
     for name, value in hparams.items():
         then = saved.get(name, value)
         if not isinstance(then, list | tuple) or list(then) != list(value):

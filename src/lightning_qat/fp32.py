@@ -7,7 +7,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 from torch import nn
 
-from lightning_qat.checkpoint import best_weights, save_weights
+from lightning_qat.checkpoint import best_file, best_weights, refuse_to_replace, save_weights
 from lightning_qat.errors import UserError, checked_path
 
 
@@ -29,7 +29,7 @@ class LeaveFloatWeights(pl.Callback):
         """Find out before the training whether its result can be written.
 
         Raises:
-            UserError: it cannot.
+            UserError: it cannot, or would replace something else.
         """
         folder = self.path.parent
         try:
@@ -42,12 +42,13 @@ class LeaveFloatWeights(pl.Callback):
                 f"fp32_ckpt={self.path} is not a file that can be written: name another with "
                 "fp32_ckpt=FILE, or another output_dir."
             )
+        refuse_to_replace(self.path)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file, on one process only."""
         module = copy.deepcopy(pl_module).cpu().eval()
-        if (weights := best_weights(trainer, "")) is not None:
-            module.load_state_dict(weights)
+        if (best := best_file(trainer)) is not None:
+            module.load_state_dict(best_weights(trainer, best[0], ""))
         self.networks["fp32"] = module.get_submodule("net")
         if trainer.is_global_zero:
             save_weights(module, trainer, self.path)

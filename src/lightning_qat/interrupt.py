@@ -46,9 +46,13 @@ def resumable_with(argument: str, folder: str, launcher: str) -> None:
     """From now on, the command can be continued in this folder, which the argument names."""
     global _command, _jobs_run_on
     _jobs_run_on = "submitit" in launcher  # only what the terminal sends reaches them, if that
-    given = (x for x in sys.argv[1:] if not x.lstrip("+").startswith((f"{argument}=", "resume=")))
+    ours = (f"{argument}=", "resume=")
+    given = [x for x in sys.argv[1:] if not x.lstrip("+").startswith(ours)]
+    # argparse wants all overrides in one place: behind the last, whatever options come after it
+    last = max((i for i, x in enumerate(given, 1) if "=" in x and x[0] != "-"), default=len(given))
     here = f"{argument}={quoted(folder)}"
-    _command = shlex.join(["python", sys.argv[0], *given, here, "resume=true"])
+    words = [*given[:last], here, "resume=true", *given[last:]]
+    _command = shlex.join(["python", sys.argv[0], *words])
 
 
 def tell() -> int:

@@ -10,6 +10,12 @@ from hydra.core.hydra_config import HydraConfig
 from lightning_qat.checkpoint import read_checkpoint
 from lightning_qat.errors import UserError
 from lightning_qat.overrides import as_typed
+from lightning_qat.resume import arguments, difference
+
+# What a checkpoint has settled, whatever a later command says; except for how long it trains.
+_CHOICES = ("stage", "data", "model")
+_BELOW = ("model.", "recipe.")
+_OPEN = (".epochs", ".milestones", ".compile")
 
 
 class MadeWith(pl.Callback):
@@ -17,10 +23,16 @@ class MadeWith(pl.Callback):
 
     Args:
         weights: the file that the run starts from, if any: an argument whose content may change.
+        seed: of the run.
     """
 
-    def __init__(self, weights: str | None) -> None:
-        self.overrides = as_typed(HydraConfig.get().overrides.task)
+    def __init__(self, weights: str | None, seed: int) -> None:
+        job = HydraConfig.get()
+        self.overrides = as_typed(job.overrides.task)
+        self.settled = {name: job.runtime.choices[name] for name in _CHOICES} | {"seed": str(seed)}
+        for name, value in arguments(self.overrides).items():
+            if name.startswith(_BELOW) and not name.endswith(_OPEN):
+                self.settled[name] = value
         self.weights, self.digest = weights, None
         if weights is not None:
             with Path(weights).open("rb") as file:
@@ -28,14 +40,20 @@ class MadeWith(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What Lightning puts into the checkpoint."""
-        return {"overrides": self.overrides, "weights": self.digest}
+        return {"overrides": self.overrides, "settled": self.settled, "weights": self.digest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that the run is continued with the weights that it started from.
+        """Check that the run is continued as it began.
 
         Raises:
-            UserError: another run has written its own to that file.
+            UserError: with other arguments, which would name what they do not change; or another
+                run has written its weights to the file that this one started from.
         """
+        if (then := state_dict.get("settled", self.settled)) != self.settled:
+            raise UserError(
+                f"the run to continue was another one: {difference(then, self.settled)}. Give the "
+                "same arguments, or start another run, from its weights if you like."
+            )
         if state_dict.get("weights") not in (None, self.digest):
             raise UserError(
                 f"{self.weights} holds other weights than when this run began: FP32, distillation "

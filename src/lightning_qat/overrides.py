@@ -21,10 +21,9 @@ def as_typed(overrides: ListConfig | list[str]) -> list[str]:
     return [str(override) for override in typed or ()]
 
 
-def of_the_job(overrides: ListConfig | list[str]) -> list[str]:
-    """Those of ``as_typed`` that make the job what it is."""
-    typed = as_typed(overrides)
-    return [x for x in typed if x.lstrip("+").partition("=")[0] not in HOW_IT_IS_RUN]
+def of_the_job(overrides: list[str]) -> list[str]:
+    """Those that make the job what it is."""
+    return [x for x in overrides if x.lstrip("+").partition("=")[0] not in HOW_IT_IS_RUN]
 
 
 def of_a_sweep(config: DictConfig) -> list[Override]:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_qat import in_use, processes
 from lightning_qat.atomic import atomic_path
 from lightning_qat.errors import UserError
-from lightning_qat.overrides import HOW_IT_IS_RUN, as_typed, of_a_sweep
+from lightning_qat.overrides import as_typed, of_a_sweep, of_the_job
 
 SWEEP_FILE = "arguments.json"
 FAILURE_FILE = "failure.json"
@@ -89,7 +89,7 @@ def refused_sweep(config: DictConfig) -> str | None:
         )
     if list(then.items()) != list(now.items()):  # their order numbers the jobs
         return (
-            f"{folder} holds another sweep: {_difference(then, now)}. Resume it with the same "
+            f"{folder} holds another sweep: {difference(then, now)}. Resume it with the same "
             "arguments, or name another folder with hydra.sweep.dir=FOLDER."
         )
     return None
@@ -104,7 +104,7 @@ def record_sweep(config: DictConfig) -> None:
 def is_finished(folder: Path, overrides: Iterable[str]) -> bool:
     """Whether this job has been done in this folder, to the end."""
     return (
-        _finished_with(folder) == _arguments(overrides)
+        _finished_with(folder) == arguments(overrides)
         and (folder / "report.html").is_file()  # the last file of a run
         and not (folder / FAILURE_FILE).exists()
     )
@@ -124,10 +124,10 @@ def refuse_shared_folder(cfg: DictConfig, hydra: HydraConf) -> None:
             f"hydra.sweep.subdir={hydra.sweep.subdir} is no name of one folder, such as "
             "${hydra.job.num}: reports and resume=true look for jobs directly in the sweep's."
         )
-    done, now = _finished_with(folder), _arguments(overrides)
+    done, now = _finished_with(folder), arguments(overrides)
     if cfg.resume and done not in (None, now):  # what the sweeper of a search suggests may change
         raise UserError(
-            f"{folder} holds the results of another job: {_difference(done or {}, now)}. The "
+            f"{folder} holds the results of another job: {difference(done or {}, now)}. The "
             "search takes another course than before, as it does where a job that failed now ends "
             "well. Start it again in another folder, hydra.sweep.dir=FOLDER."
         )
@@ -148,7 +148,7 @@ def prepare(cfg: DictConfig, hydra: HydraConf) -> None:
     folder, overrides = Path(hydra.runtime.output_dir), as_typed(hydra.overrides.task)
     last = folder / "checkpoints" / "last.ckpt"
     try:  # also where it began from another's: its own is later
-        if _trained_with(last) == _arguments(overrides):
+        if _trained_with(last) == arguments(overrides):
             log.info("goes on from %s", last)
             cfg.ckpt_path = str(last)
     except UserError as error:
@@ -166,16 +166,16 @@ def refuse_another_job(folder: Path, overrides: Iterable[str]) -> None:
     except UserError:
         trained = None
     found = [x for x in (trained, _finished_with(folder)) if x is not None]
-    now = _arguments(overrides)
+    now = arguments(overrides)
     if found and now not in found:
-        raise UserError(f"{folder} holds another run: {_difference(found[0], now)}.")
+        raise UserError(f"{folder} holds another run: {difference(found[0], now)}.")
 
 
 def _finished_with(folder: Path) -> Arguments | None:
     metrics = _read(folder / "metrics.json")
     if not metrics or metrics.get("status") != 0:
         return None
-    return _arguments(shlex.split(metrics.get("command", ""))[2:])  # after "python train.py"
+    return arguments(shlex.split(metrics.get("command", ""))[2:])  # after "python train.py"
 
 
 def _trained_with(checkpoint: Path) -> Arguments | None:
@@ -183,21 +183,22 @@ def _trained_with(checkpoint: Path) -> Arguments | None:
         return None
     from lightning_qat.made_with import made_with  # imports torch
 
-    return _arguments(made_with(checkpoint))
+    return arguments(made_with(checkpoint))
 
 
 def _sweep_arguments(config: DictConfig) -> Arguments:
     task, of_hydra = as_typed(config.hydra.overrides.task), as_typed(config.hydra.overrides.hydra)
-    return _arguments([*task, *(x for x in of_hydra if x.lstrip("+~").startswith(_OF_THE_SWEEP))])
+    return arguments([*task, *(x for x in of_hydra if x.lstrip("+~").startswith(_OF_THE_SWEEP))])
 
 
-def _arguments(overrides: Iterable[str]) -> Arguments:
+def arguments(overrides: Iterable[str]) -> Arguments:
     """Value by name, of all that says something about the job."""
-    pairs = (override.partition("=") for override in overrides)
-    return {name: value for name, _, value in pairs if name.lstrip("+") not in HOW_IT_IS_RUN}
+    pairs = (override.partition("=") for override in of_the_job(list(overrides)))
+    return {name: value for name, _, value in pairs}
 
 
-def _difference(then: Arguments, now: Arguments) -> str:
+def difference(then: Arguments, now: Arguments) -> str:
+    """The arguments that differ, in words."""
     names = [name for name in then | now if then.get(name) != now.get(name)]
     if not names:
         return "the same arguments in another order, which numbers its jobs"
@@ -217,7 +218,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 def _overwrites(config: DictConfig, folder: Path) -> str | None:
     """Why a run that does not resume must not begin here; a ptq that was broken off may."""
-    done, now = _finished_with(folder), _arguments(as_typed(config.hydra.overrides.task))
+    done, now = _finished_with(folder), arguments(as_typed(config.hydra.overrides.task))
     checkpoints = folder / "checkpoints"
     goes_on = config.ckpt_path and Path(str(config.ckpt_path)).parent.resolve() == (
         checkpoints.resolve()

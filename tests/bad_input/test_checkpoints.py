@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -160,10 +161,25 @@ def test_checkpoint_of_another_network(
 ) -> None:
     make, args, words = OTHER[name]
     make(tmp_path / "other.ckpt", road.fp32_ckpt)
-    refused(
+    printed = refused(
         *(*QUICK, "stage=qat", f"fp32_ckpt={tmp_path}/other.ckpt", *args),
         words=["other.ckpt", *words],
     )
+    assert f"fp32_ckpt={tmp_path}/other.ckpt" not in printed  # advice would replace the file
+
+
+@pytest.mark.parametrize("name", ["text", "published weights", "a run's own"])
+def test_training_does_not_replace_what_is_no_result_of_it(
+    name: str, refused: Refused, road: Road, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.ckpt"
+    if name == "text":
+        file.write_text("notes")
+    elif name == "published weights":
+        torch.save(resnet18(num_classes=10).state_dict(), file)
+    else:
+        shutil.copyfile(road.job("qat") / "checkpoints" / "last.ckpt", file)
+    refused(*QUICK, "stage=fp32", f"fp32_ckpt={file}", words=["name another file with fp32_ckpt="])
 
 
 # of a run that cannot be continued: the stage it was of, how it is changed, arguments, words
@@ -174,6 +190,13 @@ RUNS: dict[str, tuple[str, Make, list[str], list[str]]] = {
         changed(lambda x: None),
         ["trainer.max_epochs=20"],
         ["the same trainer.max_epochs"],
+    ),
+    "another seed": ("fp32", changed(lambda x: None), ["seed=5"], ["there seed=0, here seed=5"]),
+    "another learning rate": (
+        "fp32",
+        changed(lambda x: None),
+        ["model.learning_rate=1"],
+        ["there none of it, here model.learning_rate=1"],
     ),
     "another network": (
         "fp32",

@@ -12,6 +12,7 @@ from lightning_qat.data.image_file import read_image
 from lightning_qat.errors import UserError
 
 RAMP = np.arange(0, 2**16, 2**10, dtype=np.uint16).reshape(8, 8)
+DEEP = Image.fromarray(np.full((8, 8), 300, np.uint16))
 PALETTE = Image.new("P", (8, 8))
 PALETTE.putpalette([10, 20, 30])
 RED, BLUE = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
@@ -27,6 +28,8 @@ ONE_COLOUR: dict[str, tuple[Image.Image, dict[str, Any], list[int]]] = {
     "transparent_grey.png": (Image.new("LA", (8, 8), (10, 0)), {}, [255, 255, 255]),
     "transparent_palette.png": (PALETTE, {"transparency": 0}, [255, 255, 255]),
     "transparent_colour.png": (RED, {"transparency": (255, 0, 0)}, [255, 255, 255]),
+    "transparent_deep.png": (DEEP, {"transparency": 300}, [255, 255, 255]),
+    "nearly_transparent_deep.png": (DEEP, {"transparency": 301}, [1, 1, 1]),
     "animation.gif": (RED, {"save_all": True, "append_images": [BLUE]}, [255, 0, 0]),
     "bad_exif.png": (RED, {"exif": b"Exif\0\0II*\0\x08\0\0\0\xff\xff"}, [255, 0, 0]),
 }

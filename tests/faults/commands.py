@@ -73,7 +73,9 @@ def start(args: Sequence[str], out: Path, **environment: str) -> Process:
     number = len(list(out.parent.glob(f"{out.name}-*.log")))
     output = out.with_name(f"{out.name}-{number}.log")
     with output.open("wb") as file:
-        command = [sys.executable, str(TRAIN), *args, f"output_dir={out}"]
+        at = next(i for i, x in enumerate(args) if "=" in x)  # options stay where they are
+        words = [*args[:at], f"output_dir={out}", *args[at:]]
+        command = [sys.executable, str(TRAIN), *words]
         popen = subprocess.Popen(command, stdout=file, stderr=file, env=env, cwd=TRAIN.parent)
     return Process(popen, output)
 

@@ -56,7 +56,7 @@ def test_a_sweep_stops_and_goes_on_where_it_was(undisturbed: Undisturbed, tmp_pa
         f"hydra.sweep.dir={out}/a sweep",
         held_by(order),
     ]  # the second one fails at once
-    process = start(["-m", *args, *jobs], out)
+    process = start([*args, *jobs, "-m"], out)
     first = "a sweep/0-fp32-x86"
     assert wait_for(Phase("second epoch", f"{first}/checkpoints/last.ckpt"), out, process)
     assert send(process, signal.SIGINT) == 130, process.printed()

@@ -85,8 +85,31 @@ def test_a_scale_that_was_never_observed_is_refused(tmp_path: Path) -> None:
         trainer_with(QuantizationAwareTraining(), folder=tmp_path).fit(Alias(), loader())
 
 
+def test_a_step_may_do_without_the_network(tmp_path: Path) -> None:
+    class TakesTurns(SmallModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) if batch_idx % 2 else None
+
+    callback = QuantizationAwareTraining()
+    trainer_with(callback, folder=tmp_path).fit(TakesTurns(), loader())
+    assert agreement(callback) > 0.9
+
+
+def test_a_network_may_change_its_input_in_place(tmp_path: Path) -> None:
+    class Centres(SmallNet):
+        def forward(self, x: Tensor) -> Tensor:
+            x -= 0.5
+            return super().forward(x)
+
+    callback = QuantizationAwareTraining()
+    trainer_with(callback, folder=tmp_path).fit(SmallModule(Centres()), loader())
+    x, _ = images()
+    assert callback.int8_model(x.clone()).shape == (64, 4)
+
+
 def test_without_a_training_step_there_is_no_int8_model(tmp_path: Path) -> None:
     callback = QuantizationAwareTraining()
+    trainer_with(callback, folder=tmp_path).fit(SmallModule(), loader())
     with pytest.warns(UserWarning, match="nothing to convert"):
         trainer_with(callback, folder=tmp_path, limit_train_batches=0).fit(SmallModule(), loader())
     with pytest.raises(RuntimeError, match="no INT8 model yet"):
@@ -128,6 +151,18 @@ def test_a_best_checkpoint_of_the_float_network_is_not_converted(tmp_path: Path)
     with pytest.warns(UserWarning, match="the last weights are converted"):
         trainer.fit(module, loader(), loader(seed=1))
     assert callback.int8_model(images()[0]).shape == (64, 4)
+
+
+def test_the_best_checkpoint_of_an_earlier_fit_is_not_converted(tmp_path: Path) -> None:
+    callback = QuantizationAwareTraining()
+    best = ModelCheckpoint(tmp_path, monitor="val_loss")
+    logits = []
+    for learning_rate in (0.05, 3.0):  # the second has no epoch as good as the first
+        torch.manual_seed(0)
+        module = SmallModule(learning_rate=learning_rate)
+        trainer_with(callback, best, folder=tmp_path).fit(module, loader(), loader(seed=1))
+        logits.append(callback.int8_model(images()[0]))
+    assert not torch.equal(*logits)
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])

@@ -174,6 +174,12 @@ def test_wrong_checkpoints_are_refused_with_what_to_do(whole: Run, tmp_path: Pat
     trainer.save_checkpoint(float_ckpt)
     with pytest.raises(ValueError, match="no fake-quantised 'net'"):
         load(float_ckpt)
+    early, callback = tmp_path / "early.ckpt", QuantizationAwareTraining()
+    trainer = trainer_with(callback, folder=tmp_path, limit_train_batches=0)
+    trainer.fit(SmallModule(), loader())
+    trainer.save_checkpoint(early)
+    with pytest.raises(ValueError, match=r"early\.ckpt is from before the first training step"):
+        load(early)
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(last.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):

@@ -48,7 +48,8 @@ def _opened(path: Path) -> Image.Image:
 def _rgb(image: Image.Image, format_: str | None) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and format_ in ("PNG", "PPM")):
         # Pillow itself would cut off at 255; of 16-bit colours it takes the high byte, too
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        raw, clear = np.asarray(image), image.info.get("transparency")  # one grey that is none
+        image = Image.fromarray(np.where(raw == clear, 255, raw >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError("which of its 32-bit values is white is not known")
     if image.has_transparency_data:

@@ -11,13 +11,15 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.ao import quantization as tq
 
-from lightning_qat.checkpoint import best_weights, read_checkpoint, state_dict
+from lightning_qat.checkpoint import best_file, best_weights, read_checkpoint, state_dict
 from lightning_qat.errors import UserError
 from lightning_qat.quantization.bias import round_biases, warn_of_large_biases
 from lightning_qat.quantization.check import (
     batch_norm_weights,
     check_at_first_forward,
     copies_to_compare,
+    has_run,
+    refuse_unobserved,
     unobserved,
 )
 from lightning_qat.quantization.compatibility import (
@@ -85,6 +87,7 @@ class QuantizationCallback(pl.Callback):
         self._scheme = {"qconfig": describe(self.qconfig), "overrides": describe(self.overrides)}
         self._to_check: tuple[nn.Module, nn.Module] | None = None
         self._all_observed = False
+        self._best_before: tuple[str, float] | None = None
 
     @property
     def int8_model(self) -> Int8Model:
@@ -129,6 +132,8 @@ class QuantizationCallback(pl.Callback):
         ]
         if wrong:
             raise UserError(f"{other}: they differ in {', '.join(wrong[:5])}.")
+        if unobserved(self._network(pl_module)):
+            raise UserError(f"{ckpt_path} is from before the first training step: {hint}")
         self._network(pl_module).apply(tq.disable_observer)
         self._to_check = None
         self.networks.pop("fp32", None)  # as the fresh module came: not what was trained
@@ -164,6 +169,9 @@ class QuantizationCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Before the sanity check: it validates."""
         self._all_observed = False
+        for name in ("fake_quant", "int8"):  # of an earlier fit
+            self.networks.pop(name, None)
+        self._best_before = None if trainer.ckpt_path else best_file(trainer)
         self._network(pl_module).apply(tq.disable_observer)
         if self._to_check is not None:
             check_at_first_forward(self._network(pl_module), self._to_check)
@@ -179,17 +187,14 @@ class QuantizationCallback(pl.Callback):
         """Neither validation nor a later ``test`` may move a scale.
 
         Raises:
-            UserError: the first step has shown nothing to some observer.
+            UserError: the first step that uses the network has shown nothing to some observer, or
+                no step of the first epoch uses it.
         """
         net = self._network(pl_module).apply(tq.disable_observer)
         if not self._all_observed:
-            if blind := unobserved(net):
-                raise UserError(
-                    f"the training step has run without the observers of {blind[0]!r} ({len(blind)}"
-                    " in all), so its scale is unknown. Either freeze_observer_epoch has come "
-                    "before they saw anything: raise it; or training_step does not use "
-                    f"{self.target!r} itself but holds its layers by another name: use that one."
-                )
+            if not has_run(net) and not trainer.is_last_batch:
+                return  # a step may do without the network, as a GAN's do in turns
+            refuse_unobserved(net, self.target)
             self._all_observed = True
             # each process has initialised them by its own images
             self._take_from_rank_0(trainer, [scale.data for scale in learned_scales(net)])
@@ -211,14 +216,14 @@ class QuantizationCallback(pl.Callback):
         if unobserved(fake_quantised):
             rank_zero_warn("no training step has run, so there is nothing to convert to INT8.")
             return
-        weights = best_weights(trainer, self.target)
-        if weights is not None and not any("fake_quant" in name for name in weights):
+        best = best_file(trainer)
+        if best is not None and best == self._best_before:
             rank_zero_warn(
-                "the best checkpoint is of the float network, from an earlier fit with the same "
-                "ModelCheckpoint: the last weights are converted instead. Give each fit its own."
+                "the best checkpoint is from an earlier fit with the same ModelCheckpoint: the "
+                "last weights are converted instead. Give each fit its own."
             )
-        elif weights is not None:
-            fake_quantised.load_state_dict(weights)
+        elif best is not None:
+            fake_quantised.load_state_dict(best_weights(trainer, best[0], self.target))
         self._convert(fake_quantised)
 
     def on_exception(

@@ -1,6 +1,7 @@
 """Whether a prepared network still computes what the float one did, and has seen its data."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,13 +16,35 @@ from lightning_qat.errors import UserError
 
 def unobserved(net: nn.Module) -> list[str]:
     """The names of the fake-quantisers of ``net`` whose observers have seen nothing yet."""
-    names = []
+    return [name for name, seen in _observers(net) if not seen]
+
+
+def has_run(net: nn.Module) -> bool:
+    """Whether any observer of activations has seen something; those of weights need no step."""
+    return any(seen for name, seen in _observers(net) if "weight_fake_quant" not in name)
+
+
+def refuse_unobserved(net: nn.Module, target: str) -> None:
+    """Check that there is a scale for every tensor.
+
+    Raises:
+        UserError: an observer has seen nothing.
+    """
+    if blind := unobserved(net):
+        raise UserError(
+            f"training has run without the observers of {blind[0]!r} ({len(blind)} in all), so its "
+            "scale is unknown. Either freeze_observer_epoch has come before they saw anything: "
+            f"raise it; or training_step does not use {target!r} itself but holds its layers by "
+            "another name: use that one; or it does not use it in the first epoch: let it."
+        )
+
+
+def _observers(net: nn.Module) -> Iterator[tuple[str, bool]]:
     for name, module in net.named_modules():
         observer: Any = getattr(module, "activation_post_process", None)
-        has_range = isinstance(module, tq.FakeQuantizeBase) and hasattr(observer, "min_val")
-        if has_range and (not observer.min_val.numel() or torch.isinf(observer.min_val).any()):
-            names.append(name)
-    return names
+        if isinstance(module, tq.FakeQuantizeBase) and hasattr(observer, "min_val"):
+            lowest = observer.min_val
+            yield name, bool(lowest.numel()) and not torch.isinf(lowest).any()
 
 
 def refuse_what_is_not_finite(net: nn.Module) -> None:
@@ -128,7 +151,8 @@ def check_same_function(
                 module.register_forward_pre_hook(_refuse_more_than_features)
         with torch.random.fork_rng():  # some networks draw numbers in evaluation, too
             torch.manual_seed(0)
-            found = net(*few_args, **few_kwargs)
+            args, kwargs = copy.deepcopy((few_args, few_kwargs))  # it may work in place
+            found = net(*args, **kwargs)
         return [x for x in tree_leaves(found) if isinstance(x, Tensor)]
 
     few_args, few_kwargs = tree_map(few, (args, kwargs))

@@ -19,6 +19,7 @@ _SAME_ARGUMENTS = ("overrides=", "only=", "qconfig.", "allow_saturation=")
 _OF_ONE_RUN = (
     "stage=",
     "ckpt_path=",
+    "callbacks.result.",
     "model.weights=",
     "trainer.max_epochs=",
     "trainer.limit_train_batches=",
@@ -76,5 +77,5 @@ def _deciding_arguments(metrics: dict[str, Any]) -> set[str]:
 def command_for(stage: str, metrics: dict[str, Any]) -> str:
     """The command of a run, with another stage."""
     words = shlex.split(metrics["command"])[2:]
-    others = [word for word in words if not word.startswith(_OF_ONE_RUN)]
+    others = [word for word in words if not word.lstrip("+~").startswith(_OF_ONE_RUN)]
     return shlex.join(["python", "train.py", f"stage={stage}", *others])
