@@ -20,8 +20,12 @@ def unobserved(net: nn.Module) -> list[str]:
 
 
 def has_run(net: nn.Module) -> bool:
-    """Whether any observer of activations has seen something; those of weights need no step."""
-    return any(seen for name, seen in _observers(net) if "weight_fake_quant" not in name)
+    """Whether any observer of activations has seen something, if there is one that could.
+
+    Those of weights see something without a step.
+    """
+    seen = [seen for name, seen in _observers(net) if "weight_fake_quant" not in name]
+    return any(seen) or not seen
 
 
 def refuse_unobserved(net: nn.Module, target: str) -> None:
