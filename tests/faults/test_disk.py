@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import Train
 from tests.data.cifar10_archives import Batches
@@ -75,11 +76,12 @@ def test_no_room_for_the_weights_that_later_stages_start_from(
     disk: Mount, train: Train, tmp_path: Path
 ) -> None:
     at = disk("size=10m")
-    (at / "weights").write_bytes(b"of another run")
+    torch.save({"state_dict": {}, "global_step": 1}, at / "weights")  # of another run
+    before = (at / "weights").read_bytes()
     ended = train(*FP32, f"hydra.run.dir={tmp_path}/run", f"fp32_ckpt={at}/weights")
     assert_full(ended, at)
     assert f"{at}/weights cannot be written" in ended[1]
-    assert (at / "weights").read_bytes() == b"of another run"
+    assert (at / "weights").read_bytes() == before
 
 
 @pytest.mark.parametrize(
