@@ -1,65 +1,78 @@
-"""What quantisation aware training and post-training quantisation share: prepare, then convert."""
+"""The common part of quantization-aware training and post-training quantization."""
 
-import copy
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.ao import quantization as tq
 
-from lightning_qat.checkpoint import best_file, best_weights, read_checkpoint, state_dict
 from lightning_qat.errors import UserError
-from lightning_qat.quantization.bias import round_biases, warn_of_large_biases
-from lightning_qat.quantization.check import (
-    batch_norm_weights,
-    check_at_first_forward,
-    copies_to_compare,
-    has_run,
-    refuse_unobserved,
-    unobserved,
+from lightning_qat.quantization.checkpoints import (
+    KEY,
+    SaveScales,
+    averaged_modules,
+    below,
+    best_file,
+    load_best,
+    read_checkpoint,
+    restore_quantization,
+    state_dict,
+    state_of_target,
 )
-from lightning_qat.quantization.compatibility import (
-    average_integers_as_integers,
-    is_a,
+from lightning_qat.quantization.convert import convert
+from lightning_qat.quantization.example import find_example, has_forward
+from lightning_qat.quantization.guards import (
+    refuse_other_callbacks,
     refuse_overlap,
+    refuse_unobserved,
     refuse_what_cannot_be_prepared,
-    refuse_what_cannot_work,
+    refuse_what_is_not_finite,
     warn_of_learned_scales,
 )
-from lightning_qat.quantization.convert import Int8Model, convert
-from lightning_qat.quantization.learned_scale import follow_optimizers, learned_scales
-from lightning_qat.quantization.prepare import is_prepared, prepare_qat
-from lightning_qat.quantization.resolve import describe, resolve_overrides, resolve_qconfig
+from lightning_qat.quantization.learned_scale import LearnedScaleFakeQuantize, learned_scales
+from lightning_qat.quantization.network import (
+    Quantization,
+    attach,
+    copy_network,
+    prepare,
+    quantization_of,
+)
+from lightning_qat.quantization.overrides import Overrides
+from lightning_qat.quantization.qconfig import describe, resolve_overrides, resolve_qconfig
+
+log = logging.getLogger(__name__)
 
 
 class QuantizationCallback(pl.Callback):
     """Prepares ``target`` when ``fit`` sets up, and holds a converted copy when it has ended.
 
-    Preparation happens before Lightning restores a checkpoint, builds optimizers and wraps the
-    module for DDP: so a checkpoint of a prepared network loads, and learnable scales get
-    optimised. Observers are off whenever no training step runs.
+    Preparation comes before Lightning restores a checkpoint, builds optimizers and wraps the module
+    for DDP: learned scales get optimized. No range moves unless a training step runs.
 
-    With several processes, rank 0's statistics count, for observers as for batch-norm: DDP hands
-    its buffers out before each training step, and this callback before validation and when ``fit``
+    With several processes, the ranges and the batch-norm statistics of rank 0 count: DDP hands its
+    buffers out before each training step, and this callback before validation and when ``fit``
     ends. So all processes validate, and end, with the same scales.
 
     Args:
-        qconfig: a name (see ``lightning_qat.quantization.QCONFIGS``) or a ``QConfig``.
-        target: dotted name of the submodule to quantise.
+        qconfig: a name (see ``lightning_qat.qconfigs()``), a ``QConfig`` or torch's ``QConfig``.
+        target: dotted name of the submodule to quantize; None = what the LightningModule's own
+            ``forward`` runs, or its only network where it has no ``forward``.
         overrides: another qconfig for some layers, by their name in ``target`` (which covers what
             is below it; ``layer_damage`` lists them) or by their type; None keeps them in float.
-        only: the one layer, or part, that is quantised, as to see what it costs; None = all.
-        fuse: lists of names of modules to fuse; None = all that can be fused.
+        only: the one layer, or part, that is quantized, as to see what it costs; None = all.
+        example_inputs: what ``target`` is called with: a tensor, a tuple, or a dictionary of
+            keyword arguments. None = found by ``example_input_array`` or the first training batch.
         allow_saturation: permit a qconfig whose sums this CPU's kernels cannot hold.
 
     Attributes:
-        in_float: what has stayed in float in a prepared ``target``, by name, and why.
+        in_float: the layers that stay in float, by name: the reason.
         networks: after ``fit``, ``target`` as ``"fp32"`` (as it was before; not where it came
-            fake-quantised), ``"fake_quant"`` (trained) and ``"int8"`` (converted): modules on the
+            quantized) and ``"fake_quant"`` (trained) and ``"int8"`` (converted): modules on the
             CPU, in eval mode.
 
     Raises:
@@ -68,36 +81,40 @@ class QuantizationCallback(pl.Callback):
 
     def __init__(
         self,
-        qconfig: str | tq.QConfig = "x86",
-        target: str = "net",
+        qconfig: Any = "x86",
+        target: str | None = None,
         *,
-        overrides: Mapping[Any, str | tq.QConfig | None] | None = None,
+        overrides: Mapping[Any, Any] | None = None,
         only: str | None = None,
-        fuse: Sequence[Sequence[str]] | None = None,
+        example_inputs: Any = None,
         allow_saturation: bool = False,
     ) -> None:
-        self.qconfig, self.engine = resolve_qconfig(qconfig, allow_saturation)
-        self.overrides = resolve_overrides(overrides or {}, self.engine, allow_saturation)
-        if only is not None:
-            self.overrides = {"": None, only: self.qconfig, **self.overrides}
+        self.qconfig = resolve_qconfig(qconfig, allow_saturation)
+        self.engine = self.qconfig.engine
+        self.overrides = Overrides(
+            self.qconfig, resolve_overrides(overrides or {}, self.engine, allow_saturation), only
+        )
         self.target = target
-        self.fuse = fuse
+        self.example_inputs = example_inputs
         self.in_float: dict[str, str] = {}
         self.networks: dict[str, nn.Module] = {}
-        self._scheme = {"qconfig": describe(self.qconfig), "overrides": describe(self.overrides)}
-        self._to_check: tuple[nn.Module, nn.Module] | None = None
-        self._all_observed = False
+        self._scheme = {"qconfig": describe(self.qconfig), "overrides": self.overrides.describe()}
         self._best_before: tuple[str, float] | None = None
 
     @property
-    def int8_model(self) -> Int8Model:
+    def state_key(self) -> str:
+        """The key of this callback in a checkpoint; two targets have two."""
+        return f"{type(self).__qualname__}[{self.target}]"
+
+    @property
+    def int8_model(self) -> nn.Module:
         """The converted network, on the CPU: takes what ``target`` takes, gives what it gives."""
         if "int8" not in self.networks:
             raise RuntimeError("there is no INT8 model yet: it is made when `trainer.fit` ends.")
-        return self.networks["int8"]  # type: ignore[return-value]
+        return self.networks["int8"]
 
     def load(self, pl_module: pl.LightningModule, ckpt_path: str | Path) -> pl.LightningModule:
-        """Load a checkpoint of a quantisation run into a fresh module, to test, predict or convert.
+        """Load a checkpoint of a quantization run into a fresh module, to test, predict or convert.
 
         Args:
             pl_module: as it was given to ``fit``; is changed in place.
@@ -105,117 +122,123 @@ class QuantizationCallback(pl.Callback):
                 arguments, was at work. Nothing in it is executed.
 
         Returns:
-            ``pl_module``, fake-quantised; ``int8_model`` is converted from it.
+            ``pl_module``, fake-quantized; ``int8_model`` is converted from it.
 
         Raises:
             UserError: the file is missing or damaged, or of another network or qconfig.
         """
-        hint = "name a checkpoint that a fit with this callback has written."
-        weights = state_dict(read_checkpoint(ckpt_path, hint), ckpt_path, hint)
-        quantised = [name for name in weights if "fake_quant" in name]
-        if not any(map(self._is_below, quantised)):
-            raise UserError(f"{ckpt_path} holds no fake-quantised {self.target!r}: {hint}")
+        checkpoint = read_checkpoint(ckpt_path)
+        weights = state_dict(checkpoint, ckpt_path)
         if not self._has_target(pl_module):
             pl_module.configure_model()
-        self._prepare(pl_module)
+        self._restore(pl_module, checkpoint, ckpt_path)
         other = f"{ckpt_path} holds another network than this {type(pl_module).__name__}"
         try:
             missing, unexpected = pl_module.load_state_dict(weights, strict=False)
         except (RuntimeError, TypeError, AttributeError) as error:
             raise UserError(f"{other}: {str(error)[:300]}") from error
-        # the targets of other callbacks may be float still: they get their turn
-        others = {name.partition(".")[0] for name in quantised if not self._is_below(name)}
-        wrong = [
-            name
-            for name in missing + unexpected
-            if self._is_below(name) or name.partition(".")[0] not in others
-        ]
-        if wrong:
-            raise UserError(f"{other}: they differ in {', '.join(wrong[:5])}.")
-        if unobserved(self._network(pl_module)):
-            raise UserError(f"{ckpt_path} is from before the first training step: {hint}")
-        self._network(pl_module).apply(tq.disable_observer)
-        self._to_check = None
+        if missing or unexpected:
+            raise UserError(f"{other}: they differ in {', '.join((missing + unexpected)[:5])}.")
+        quantization = self._quantization(pl_module)
+        if not quantization.is_ready:
+            raise UserError(f"{ckpt_path} is from before the first training step: name a later one.")
         self.networks.pop("fp32", None)  # as the fresh module came: not what was trained
-        self._convert(copy.deepcopy(self._network(pl_module)))
+        self._convert(copy_network(self._network(pl_module)))
         return pl_module
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Replace ``target`` by its fused, fake-quantised form; a second ``fit`` goes on with it.
+        """Called when fit, validate, test or predict begins: prepare ``target`` for a fit.
 
-        A network that the module builds in its own ``setup`` or ``configure_model`` is replaced as
-        soon as it is there.
+        A network or a data set that the module makes in its own ``setup`` or ``configure_model`` is
+        waited for. A second ``fit`` goes on with the quantized network.
 
         Raises:
-            UserError: there is no such submodule, or it cannot be quantised.
+            UserError: there is no such submodule, or it cannot be quantized.
         """
         if stage != "fit":
             return
-        refuse_what_cannot_work(self, trainer)
+        refuse_other_callbacks(self, trainer)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, QuantizationCallback) and other is not self:
                 refuse_overlap(self.target, other.target)
-        if self._has_target(pl_module):
-            self._prepare(pl_module)
+        is_shown = self.example_inputs is not None or pl_module.example_input_array is not None
+        waits = not is_shown and is_overridden("setup", pl_module)
+        if self._has_target(pl_module) and not waits:
+            self._prepare(trainer, pl_module)
             return
 
         def configure_model() -> None:
             del pl_module.configure_model  # this stands in for the module's own, once
             pl_module.configure_model()
-            self._prepare(pl_module)
+            self._prepare(trainer, pl_module)
 
         pl_module.configure_model = configure_model  # type: ignore[method-assign]
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Called when Lightning has restored the weights: restore the scales that belong to them.
+
+        Raises:
+            UserError: a fit is continued from a checkpoint without scales.
+        """
+        path = trainer.ckpt_path or "the checkpoint"
+        if KEY not in checkpoint and not trainer.training:
+            rank_zero_warn(f"{path} holds no scales, so the float network is used.")
+            return
+        self._restore(pl_module, checkpoint, path)
+        state = checkpoint[KEY][self._target_name(pl_module)]
+        if "current_scales" in state and trainer.training:
+            name = self._child_name(pl_module)
+            for averaged in averaged_modules(trainer):
+                averaged.get_submodule(name).load_scales(state["scales"])
+            self._quantization(pl_module).load_scales(state["current_scales"])
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Before the sanity check: it validates."""
-        self._all_observed = False
+        """Called before the sanity check, which must not move a range."""
         for name in ("fake_quant", "int8"):  # of an earlier fit
             self.networks.pop(name, None)
         self._best_before = None if trainer.ckpt_path else best_file(trainer)
-        self._network(pl_module).apply(tq.disable_observer)
-        if self._to_check is not None:
-            check_at_first_forward(self._network(pl_module), self._to_check)
-            self._to_check = None
-        warn_of_learned_scales(trainer, self._network(pl_module))
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if is_a(callback, "WeightAveraging"):
-                average_integers_as_integers(callback)
+        self._quantization(pl_module).observe(False)
+        warn_of_learned_scales(trainer, self._quantization(pl_module))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Neither validation nor a later ``test`` may move a scale.
+        """Called after the optimizer step: neither validation nor a later test may move a range.
 
         Raises:
             UserError: the first step that uses the network has shown nothing to some observer, or
                 no step of the first epoch uses it.
         """
-        net = self._network(pl_module).apply(tq.disable_observer)
-        if not self._all_observed:
-            if not has_run(net) and not trainer.is_last_batch:
+        quantization = self._quantization(pl_module)
+        quantization.observe(False)
+        if not quantization.is_ready:
+            unobserved = quantization.unobserved()
+            if len(unobserved) == quantization.count and not trainer.is_last_batch:
                 return  # a step may do without the network, as a GAN's do in turns
-            refuse_unobserved(net, self.target)
-            self._all_observed = True
-            # each process has initialised them by its own images
-            self._take_from_rank_0(trainer, [scale.data for scale in learned_scales(net)])
-        follow_optimizers(net)
-        if trainer.is_last_batch:  # what is validated and saved after an epoch
-            self._round_biases(trainer, pl_module)
+            refuse_unobserved(unobserved, self._target_name(pl_module))
+            quantization.is_ready = True
+            # each process has initialized them by its own images
+            self._take_from_rank_0(trainer, [x.data for x in learned_scales(quantization)])
+        for module in quantization.modules():
+            if isinstance(module, LearnedScaleFakeQuantize):
+                module.follow_optimizer()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Every process validates the same network."""
-        self._take_from_rank_0(trainer, self._network(pl_module).buffers())
+        """Called before validation: every process validates the same network."""
+        self._share(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """While the processes can still talk."""
-        self._round_biases(trainer, pl_module)
+        """Called while the processes can still talk."""
+        self._share(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Convert a copy; ``target`` itself stays the trained, fake-quantised network."""
-        fake_quantised = copy.deepcopy(self._network(pl_module))
-        if unobserved(fake_quantised):
+        """Called at the end: convert a copy; ``target`` stays the trained, quantized network."""
+        if not self._quantization(pl_module).is_ready:
             rank_zero_warn("no training step has run, so there is nothing to convert to INT8.")
             return
+        net = copy_network(self._network(pl_module))
         best = best_file(trainer)
         if best is not None and best == self._best_before:
             rank_zero_warn(
@@ -223,28 +246,36 @@ class QuantizationCallback(pl.Callback):
                 "last weights are converted instead. Give each fit its own."
             )
         elif best is not None:
-            fake_quantised.load_state_dict(best_weights(trainer, best[0], self.target))
-        self._convert(fake_quantised)
+            checkpoint = load_best(trainer, best[0])
+            target = self._target_name(pl_module)
+            net.load_state_dict(below(checkpoint["state_dict"], target))
+            quantization = quantization_of(net)
+            assert quantization is not None
+            quantization.load_scales(state_of_target(checkpoint, target, best[0])["scales"])
+        self._convert(net)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """A later ``test`` may not move a scale either."""
+        """Called when training breaks off: a later ``test`` may not move a range either."""
         if self._has_target(pl_module):
-            self._network(pl_module).apply(tq.disable_observer)
+            quantization = quantization_of(self._network(pl_module))
+            if quantization is not None:
+                quantization.observe(False)
 
-    def _convert(self, fake_quantised: nn.Module) -> None:
-        fake_quantised.cpu().eval().apply(tq.disable_observer)
-        round_biases(fake_quantised)  # a checkpoint may be from the middle of an epoch
-        warn_of_large_biases(fake_quantised)
-        self.networks["fake_quant"] = fake_quantised
-        self.networks["int8"] = convert(fake_quantised, self.engine)
+    def _convert(self, net: nn.Module) -> None:
+        net.cpu().eval()
+        quantization = quantization_of(net)
+        assert quantization is not None
+        quantization.observe(False)
+        refuse_what_is_not_finite(net, quantization)
+        self.networks["fake_quant"] = net
+        self.networks["int8"] = convert(net, self.engine)
 
-    def _round_biases(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # DDP by itself leaves the last step's apart, and all of them in manual optimisation (PTQ)
-        self._take_from_rank_0(trainer, self._network(pl_module).buffers())
-        if self._all_observed:
-            round_biases(self._network(pl_module))
+    def _share(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # DDP by itself leaves the last step's apart, and all of them in manual optimization (PTQ)
+        tensors = [*self._network(pl_module).buffers(), *self._quantization(pl_module).buffers()]
+        self._take_from_rank_0(trainer, tensors)
 
     @staticmethod
     def _take_from_rank_0(trainer: pl.Trainer, tensors: Iterable[Tensor]) -> None:
@@ -252,54 +283,98 @@ class QuantizationCallback(pl.Callback):
             for tensor in tensors:
                 torch.distributed.broadcast(tensor, src=0)
 
-    def _prepare(self, pl_module: pl.LightningModule) -> None:
+    def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         net = self._network(pl_module)
-        refuse_what_cannot_be_prepared(net, self.target)
-        if is_prepared(net):
-            scheme = getattr(net, "scheme", None)
-            if scheme != self._scheme:
-                raise UserError(
-                    f"target={self.target!r} is fake-quantised already, as {scheme}, and this "
-                    f"callback has {self._scheme}: train on with the same, or start from a float "
-                    "network."
-                )
-            self.in_float = net.in_float  # type: ignore[assignment]
-            return
-        try:
-            float_net = copy.deepcopy(net).eval()
-        except RuntimeError as error:
+        target = self._target_name(pl_module)
+        refuse_what_cannot_be_prepared(net, target)
+        present = quantization_of(net)
+        if present is not None and present.scheme != self._scheme:
             raise UserError(
-                f"target={self.target!r} cannot be copied: {error} Weights that a hook computes do "
-                "that, as of torch.nn.utils.weight_norm and prune: make them permanent "
-                "(remove_weight_norm, prune.remove) or use torch.nn.utils.parametrizations."
-            ) from error
-        batch_norms = batch_norm_weights(net)
-        prepared = prepare_qat(
-            net, self.qconfig, self.engine, self.overrides, self.fuse, self._scheme
-        )
-        self.in_float = prepared.in_float
-        # copies: by the time of the first forward, weights may have been restored
-        self._to_check = copies_to_compare(float_net, prepared, batch_norms)
-        parent, _, name = self.target.rpartition(".")
-        setattr(pl_module.get_submodule(parent), name, prepared)
-        self.networks["fp32"] = float_net.cpu()
+                f"target={target!r} is quantized already, as {present.scheme}, and this callback "
+                f"has {self._scheme}: train on with the same, or start from a float network."
+            )
+        example = find_example(pl_module, net, self.example_inputs, trainer)
+        if present is None:
+            self.networks["fp32"] = copy_network(net).cpu().eval()
+        quantization = prepare(net, *example, self.overrides.of(net))
+        quantization.example = example
+        self._register(pl_module, quantization)
+        self.overrides.refuse_idle()
+        self._say_what_stays_in_float(quantization)
 
-    def _is_below(self, name: str) -> bool:
-        return name.startswith(f"{self.target}.")
+    def _restore(
+        self, pl_module: pl.LightningModule, checkpoint: dict[str, Any], path: str | Path
+    ) -> None:
+        net, target = self._network(pl_module), self._target_name(pl_module)
+        state = state_of_target(checkpoint, target, path)
+        quantization = attach(net)
+        quantization.scheme = self._scheme
+        restore_quantization(quantization, state, path)
+        self._register(pl_module, quantization)
+
+    def _register(self, pl_module: pl.LightningModule, quantization: Quantization) -> None:
+        """Let the optimizer, DDP and ``to`` find the scales: as a submodule beside the network."""
+        quantization.scheme = self._scheme
+        quantization.target = self._target_name(pl_module)
+        pl_module.add_module(self._child_name(pl_module), quantization)
+        pl_module.on_save_checkpoint = SaveScales(pl_module)  # type: ignore[method-assign]
+        self.in_float = quantization.plan.in_float
+
+    def _say_what_stays_in_float(self, quantization: Quantization) -> None:
+        plan = quantization.plan
+        for reason in dict.fromkeys(plan.in_float.values()):
+            names = [name for name, why in plan.in_float.items() if why == reason]
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            rank_zero_info(f"In float, {reason}: {', '.join(names[:8])}{more}.")
+        if not plan.weights:
+            raise UserError(
+                f"{type(quantization.net).__name__} calls no layer that could be quantized "
+                "(convolution or linear): point `target` at a network that has some."
+            )
+        share = plan.integer_share()
+        rank_zero_info(f"Integer kernels do {share:.1%} of the multiply-adds.")
+        if share < 0.9 and not self.overrides.are_given:
+            name, work = max(plan.float_work.items(), key=lambda item: item[1])
+            rank_zero_warn(
+                f"integer kernels do only {share:.0%} of the multiply-adds. The largest part in "
+                f"float is {name!r} with {work / 1e6:.1f} million for one sample."
+            )
+
+    def _target_name(self, pl_module: pl.LightningModule) -> str:
+        if self.target is not None:
+            return self.target
+        if has_forward(pl_module):
+            return ""
+        networks = [name for name, x in pl_module.named_children() if any(True for _ in x.parameters())]
+        networks = [x for x in networks if not isinstance(getattr(pl_module, x), Quantization)]
+        if len(networks) == 1:
+            return networks[0]
+        return "net" if "net" in networks else ""
+
+    def _child_name(self, pl_module: pl.LightningModule) -> str:
+        return f"quantization_of_{self._target_name(pl_module).replace('.', '_') or 'self'}"
 
     def _has_target(self, pl_module: pl.LightningModule) -> bool:
+        name = self._target_name(pl_module)
+        if not name and not has_forward(pl_module):
+            return False
         try:
-            pl_module.get_submodule(self.target)
+            pl_module.get_submodule(name)
         except AttributeError:
             return False
         return True
 
-    def _network(self, module: pl.LightningModule) -> nn.Module:
-        if self._has_target(module):
-            return module.get_submodule(self.target)
-        names = ", ".join(name for name, _ in module.named_children()) or "none"
+    def _network(self, pl_module: pl.LightningModule) -> nn.Module:
+        if self._has_target(pl_module):
+            return pl_module.get_submodule(self._target_name(pl_module))
+        names = ", ".join(name for name, _ in pl_module.named_children()) or "none"
         raise UserError(
-            f"target={self.target!r}: {type(module).__name__} has no such submodule when `fit` "
+            f"target={self.target!r}: {type(pl_module).__name__} has no such submodule when `fit` "
             f"starts. It has: {names}. Set `target` to the dotted name of one of them or of a "
             "submodule of theirs."
         )
+
+    def _quantization(self, pl_module: pl.LightningModule) -> Quantization:
+        found = quantization_of(self._network(pl_module))
+        assert found is not None, "prepared when fit set up"
+        return found

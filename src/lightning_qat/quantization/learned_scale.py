@@ -11,42 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.quantization.fake_quantize import (
-    SMALLEST_SCALE,
-    SwitchedFakeQuantize,
-    in_steps,
-)
+from lightning_qat.quantization.fake_quantize import SMALLEST_SCALE, FakeQuantize, along, steps
+from lightning_qat.quantization.qconfig import QConfig
 
 
-def learned_scales(net: nn.Module) -> list[nn.Parameter]:
-    """The scales and offsets in ``net`` that training learns: a parameter group of their own.
+def learned_scales(module: nn.Module) -> list[nn.Parameter]:
+    """Return the scales and offsets in ``module`` that training learns, for ``configure_optimizers``.
 
-    They want no weight decay, which would draw them to 0, and maybe another learning rate. For
-    use in ``configure_optimizers``, when the network has been prepared.
+    Give them a parameter group of their own without weight decay, which would draw them to 0.
+
+    Args:
+        module: a LightningModule while ``fit`` runs with the callback.
     """
-    fake_quants = [x for x in net.modules() if isinstance(x, LearnedScaleFakeQuantize)]
-    return [parameter for x in fake_quants for parameter in x.parameters()]
-
-
-def follow_optimizers(net: nn.Module) -> None:
-    """Let what depends on learned scales follow them, after a step: before anything reads them.
-
-    Not in ``forward``: a network may run twice before one backward pass, which wants the scales as
-    they were.
-    """
-    for module in net.modules():
-        if isinstance(module, LearnedScaleFakeQuantize):
-            module.follow_parameters()
+    learned = [x for x in module.modules() if isinstance(x, LearnedScaleFakeQuantize)]
+    return [parameter for x in learned for parameter in x.parameters()]
 
 
 class _LearnedRound(torch.autograd.Function):
     """Round and clip; the scale has a gradient, and the offset, where the clip has one.
 
     The gradient of a scale is the rounding error where nothing is clipped, else the integer at
-    which it is (LSQ, equation 3); that of an offset is 1 where something is clipped (LSQ+,
-    equation 6). Both are multiplied by ``gradient_scale``. What comes in has a gradient where it
-    rounds into the range, as in torch's fake-quantisers: half a step further than in LSQ, which
-    trained ResNet18 better at 2 bits.
+    which it is (LSQ, equation 3). The gradient of an offset is 1 where something is clipped (LSQ+,
+    equation 6). Both are multiplied by ``gradient_scale``. The input has a gradient where it rounds
+    into the range, as in torch's fake-quantizers: half a step further than in LSQ, which trained
+    ResNet18 better at 2 bits.
     """
 
     @staticmethod
@@ -61,112 +49,116 @@ class _LearnedRound(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.limits, ctx.gradient_scale = limits, gradient_scale
-        integers = x.mul(1 / scale).round_().add_(zero_point).clamp_(*limits)
-        return in_steps(integers, scale, zero_point)
+        integers = x.div(scale).round_().add_(zero_point).clamp_(*limits)
+        return steps(integers, scale, zero_point)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point = ctx.saved_tensors
         lowest, highest = ctx.limits
-        steps = x.mul(1 / scale)
-        rounded = steps.round().add_(zero_point)
+        counted = x.div(scale)
+        rounded = counted.round().add_(zero_point)
         integers = rounded.clamp(lowest, highest)
         # for the scale, clipped is what leaves the range before it is rounded: LSQ, equation 1
-        inside = (steps >= lowest - zero_point) & (steps <= highest - zero_point)
+        inside = (counted >= lowest - zero_point) & (counted <= highest - zero_point)
         learns_offset = ctx.needs_input_grad[2]
         # with an offset the clipped value is limit * scale + offset, else (limit - zero_point) * s
         clipped = integers if learns_offset else integers - zero_point
-        by_scale = torch.where(inside, integers - zero_point - steps, clipped).mul_(gradient)
-        axes = [axis for axis in range(x.dim()) if scale.dim() < 2 or scale.shape[axis] == 1]
-        for_scale = by_scale.sum(axes, keepdim=scale.dim() > 1).reshape(scale.shape)
+        by_scale = torch.where(inside, integers - zero_point - counted, clipped).mul_(gradient)
+        axes = [axis for axis in range(x.ndim) if scale.ndim == 0 or scale.shape[axis] == 1]
+        for_scale = by_scale.sum(axes, keepdim=scale.ndim > 0)
         for_offset = None
         if learns_offset:
-            for_offset = torch.where(inside, 0, gradient).sum().reshape(1) * ctx.gradient_scale
+            for_offset = torch.where(inside, 0, gradient).sum() * ctx.gradient_scale
         for_x = gradient * (integers == rounded)
         return for_x, for_scale * ctx.gradient_scale, for_offset, None, None, None
 
 
-class LearnedScaleFakeQuantize(SwitchedFakeQuantize):
-    """Fake quantisation whose ``scale`` is a Parameter, and whose clip is real.
+class LearnedScaleFakeQuantize(FakeQuantize):
+    """Fake quantization whose ``scale`` is a Parameter, and whose clip is real.
 
-    The first training step initialises it: scale 2 mean|x| / sqrt(Q) with Q the highest integer
-    (LSQ, section 2.1), of weights or of that step's activations. Activations with negative values
-    get the zero point of the middle; with ``learns_offset``, range and zero point are those of
-    the first step's minimum and maximum, and the zero point is learned, too. After that, observers
-    have no say: freezing them does not freeze a learned scale. Of several processes, the first
-    one's initial values count.
-
-    Takes the arguments of ``SwitchedFakeQuantize``, and:
+    The first training step initializes it: scale 2 mean|x| / sqrt(Q) with Q the highest integer
+    (LSQ, section 2.1), of weights or of the activations of that step. Activations with negative
+    values get the zero point of the middle. With ``learned_offset``, range and zero point are those
+    of the first step's minimum and maximum, and the zero point is learned, too. After that, the
+    observers change nothing: freezing them does not freeze a learned scale. Of several processes,
+    the initial values of the first count.
 
     Args:
-        learns_offset: LSQ+, for activations.
+        qconfig: the scheme, with the bits of this tensor.
+        axis: the output channels of weights; None for activations.
+        channels: how many there are.
     """
 
-    scale: Any
-    offset: Any
-    is_initialised: Tensor
+    is_initialized: Tensor
+    middle: Tensor
 
-    def __init__(self, *args: Any, learns_offset: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, clip=True, **kwargs)
-        del self.scale  # torch's is a buffer
-        self.scale = nn.Parameter(torch.ones(1))
-        self.offset = nn.Parameter(torch.zeros(1)) if learns_offset else None
-        self.register_buffer("is_initialised", torch.zeros(1, dtype=torch.uint8))
+    def __init__(
+        self, qconfig: QConfig, axis: int | None = None, channels: int | None = None
+    ) -> None:
+        super().__init__()
+        self.is_weight = axis is not None
+        self.limits = qconfig.weight_limits if self.is_weight else qconfig.activation_limits
+        self.axis = axis if self.is_weight and qconfig.per_channel else None
+        self.offset = None
+        if qconfig.scales == "learned_offset" and not self.is_weight:
+            self.offset = nn.Parameter(torch.tensor(0.0))
+        self.register_buffer("is_initialized", torch.tensor(0.0))
+        self.register_buffer("middle", torch.tensor(0.0))  # zero point, where it is not learned
         self.is_learning = False  # the same, where no device has to be asked
+        self.scale = nn.Parameter(torch.ones([] if self.axis is None else [channels or 0]))
 
-    def forward(self, X: Tensor) -> Tensor:  # noqa: N803 (torch's name)
-        """Fake-quantise ``X`` (any shape, float32); the first training step initialises."""
-        if self.observes and not self.is_learning and X.numel():
-            self._initialise(X.detach().float(), is_training_step=torch.is_grad_enabled())
-        if not self.rounds:
-            return X
-        scale, zero_point = self.scale, self.zero_point
-        values = X.numel() // scale.numel()
-        if self.is_per_channel:
-            shape = [-1 if axis == self.ch_axis else 1 for axis in range(X.dim())]
-            scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
-        elif self.dtype == torch.quint8:
-            values //= max(1, len(X))  # LSQ counts the features of one image
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize ``x`` (any shape, float32); the first training step initializes."""
+        x = x.float()
+        if self.observes and not self.is_learning and x.numel():
+            self.initialize(x.detach())
+            self.is_initialized.fill_(1.0)
+            self.is_learning = True
+        zero_point = self.qparams()[1]
+        scale = self.scale
+        values = x.numel() // scale.numel()
+        if self.axis is not None:
+            scale, zero_point = (along(v, x.ndim, self.axis) for v in (scale, zero_point))
+        elif not self.is_weight:
+            values //= max(1, len(x))  # LSQ counts the features of one image
         gradient_scale = 1 / math.sqrt(max(1, values) * self.limits[1])
-        return _LearnedRound.apply(X, scale, self.offset, zero_point, self.limits, gradient_scale)
+        return _LearnedRound.apply(x, scale, self.offset, zero_point, self.limits, gradient_scale)
 
     @torch.no_grad()
-    def _initialise(self, x: Tensor, is_training_step: bool) -> None:
-        observer: Any = self.activation_post_process
-        observer(x)
+    def initialize(self, x: Tensor) -> None:
+        """Start from the values of ``x``."""
         lowest, highest = self.limits
         if self.offset is not None:
-            scale, zero_point = observer.calculate_qparams()
-            self.offset.copy_((lowest - zero_point) * scale)
-        elif self.is_per_channel:
-            mean = x.abs().mean([axis for axis in range(x.dim()) if axis != self.ch_axis])
-            scale, zero_point = 2 * mean / math.sqrt(highest), torch.zeros_like(mean)
+            low, high = (end.clamp(*to) for end, to in zip(x.aminmax(), _ENDS, strict=True))
+            scale = ((high - low) / (highest - lowest)).clamp(min=SMALLEST_SCALE)
+            self.offset.copy_(torch.round(low / scale) * scale)
         else:
-            middle = (lowest + highest + 1) // 2  # 0 for weights
-            zero_point = torch.where(observer.min_val < 0, middle, max(lowest, 0)).reshape(1)
-            scale = (2 * x.abs().mean() / (highest - zero_point).sqrt()).reshape(1)
-        if self.scale.shape != scale.shape:  # when the network is prepared, before any optimizer
-            self.scale = nn.Parameter(torch.empty_like(scale))
-            self.zero_point.resize_(scale.shape)
-        self.scale.copy_(scale)
-        self.zero_point.copy_(zero_point)
-        self.follow_parameters()
-        if is_training_step:  # else the network is being prepared
-            self.is_initialised.fill_(1)
-            self.is_learning = True
+            if not self.is_weight:
+                middle = float((lowest + highest + 1) // 2)
+                self.middle.copy_(torch.where(x.amin() < 0, middle, float(max(lowest, 0))))
+            others = [i for i in range(x.ndim) if i != self.axis]
+            mean = x.abs().mean(others) if others else x.abs()
+            scale = 2 * mean / (highest - self.middle).sqrt()
+        self.scale.copy_(scale.clamp(min=SMALLEST_SCALE))
 
     @torch.no_grad()
-    def follow_parameters(self) -> None:
-        """After an optimizer step: keep the scale positive, and find the zero point."""
+    def follow_optimizer(self) -> None:
+        """Keep the scale positive after an optimizer step."""
         self.scale.clamp_(min=SMALLEST_SCALE)
-        if self.offset is not None:
-            lowest, highest = self.limits
-            zero_point = lowest - torch.round(self.offset / self.scale)
-            self.zero_point.copy_(zero_point.clamp_(lowest, highest))
 
-    def _save_to_state_dict(self, *args: Any) -> None:
-        nn.Module._save_to_state_dict(self, *args)  # torch's would save the Parameter itself
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point without gradients."""
+        scale = self.scale.detach()
+        if self.offset is None:
+            return scale, self.middle.expand_as(scale)
+        lowest, highest = self.limits
+        zero_point = lowest - torch.round(self.offset.detach() / scale)
+        return scale, zero_point.clamp(lowest, highest)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        nn.Module._load_from_state_dict(self, *args)  # torch's would resize the Parameter
-        self.is_learning = bool(self.is_initialised)
+    def is_observed(self) -> Tensor:
+        """Return a bool tensor of shape []."""
+        return self.is_initialized > 0
+
+
+_ENDS = ((None, 0.0), (0.0, None))  # a range includes 0

@@ -1,9 +1,8 @@
-"""Post-training quantisation: the same network and conversion, calibrated instead of trained."""
+"""Post-training quantization: the same network and conversion, calibrated instead of trained."""
 
 from typing import Any
 
 import pytorch_lightning as pl
-from torch.ao import quantization as tq
 
 from lightning_qat.errors import UserError
 from lightning_qat.quantization.base import QuantizationCallback
@@ -58,4 +57,5 @@ class PostTrainingQuantization(QuantizationCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """Observe what a layer will get in the INT8 network: the layers before it quantised."""
-        self._network(pl_module).eval().apply(tq.enable_observer)
+        self._network(pl_module).eval()
+        self._quantization(pl_module).observe(True)

@@ -1,18 +1,17 @@
-"""Quantisation aware training as a Lightning callback."""
+"""Quantization-aware training as a Lightning callback."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 from torch import nn
-from torch.ao import quantization as tq
 
 from lightning_qat.errors import checked_int
 from lightning_qat.quantization.base import QuantizationCallback
 
 
 class QuantizationAwareTraining(QuantizationCallback):
-    """Trains ``target`` with fake quantisation and converts it to INT8 when ``fit`` ends.
+    """Trains ``target`` with fake quantization and converts it to INT8 when ``fit`` ends.
 
     Example::
 
@@ -27,28 +26,22 @@ class QuantizationAwareTraining(QuantizationCallback):
     Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference" (2018).
 
     Args:
-        qconfig: a name (see ``lightning_qat.quantization.QCONFIGS``) or a ``QConfig``.
-        target: dotted name of the submodule to quantise.
-        overrides: another qconfig for some layers, by their name in ``target`` (which covers what
-            is below it) or by their type; None as the value keeps them in float.
-        only: the one layer, or part, that is quantised, as to see what it costs; None = all.
-        fuse: lists of names of modules to fuse; None = all that can be fused, and the network's own
-            ``fuse_model(is_qat=True)`` first, where it has one.
+        qconfig: see ``QuantizationCallback``, as for the other arguments that are not named here.
+        target: dotted name of the submodule to quantize; None = what ``forward`` runs.
         freeze_batch_norm_epoch: from this epoch on batch-norm uses and keeps its running
             statistics, as the INT8 model will; None = never.
         freeze_observer_epoch: from this epoch on the scales stay; None = never.
             Both count from 0 at the start of training, also in a resumed run.
-        allow_saturation: permit a qconfig whose sums this CPU's kernels cannot hold.
     """
 
     def __init__(
         self,
-        qconfig: str | tq.QConfig = "x86",
-        target: str = "net",
+        qconfig: Any = "x86",
+        target: str | None = None,
         *,
-        overrides: Mapping[Any, str | tq.QConfig | None] | None = None,
+        overrides: Mapping[Any, Any] | None = None,
         only: str | None = None,
-        fuse: Sequence[Sequence[str]] | None = None,
+        example_inputs: Any = None,
         freeze_batch_norm_epoch: int | None = None,
         freeze_observer_epoch: int | None = None,
         allow_saturation: bool = False,
@@ -58,7 +51,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             target,
             overrides=overrides,
             only=only,
-            fuse=fuse,
+            example_inputs=example_inputs,
             allow_saturation=allow_saturation,
         )
         for name, epoch in (
@@ -74,10 +67,10 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Observe in training steps only, and freeze by the epoch: a run may resume inside one."""
+        """Called before a training step: observe, and freeze by the epoch. A run may resume inside one."""
         net, epoch = self._network(pl_module), trainer.current_epoch
         if self.freeze_observer_epoch is None or epoch < self.freeze_observer_epoch:
-            net.apply(tq.enable_observer)
+            self._quantization(pl_module).observe(True)
         if self.freeze_batch_norm_epoch is None:
             return
         if epoch < self.freeze_batch_norm_epoch:  # a second fit starts from the beginning

@@ -1,256 +1,231 @@
-"""The named quantisation configurations, all made by one constructor.
+"""The named quantization schemes: one row of one table each.
 
-``conf/qconfig/README.md`` explains each knob of it. Weights are signed and symmetric, because every
-integer kernel of torch wants that. Activations are unsigned. ``reduce_range`` maps them to 0..127
-instead of 0..255: on x86 without VNNI, two 8-bit by 8-bit products are summed in 16 bits, which
-0..255 overflows.
+``conf/qconfig/README.md`` explains the fields. Weights are signed and symmetric, because every
+integer kernel requires that. ``reduce_range`` maps activations to 0..127 instead of 0..255: on x86
+without VNNI, two 8-bit by 8-bit products are added in 16 bits, which 0..255 overflows.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch.ao import quantization as tq
+from pytorch_lightning.utilities import rank_zero_warn
 
 from lightning_qat.errors import UserError, checked_bool, checked_float, checked_int
-from lightning_qat.quantization.fake_quantize import (
-    KernelRangeFakeQuantize,
-    MovingAverageObserver,
-    SymmetricFakeQuantize,
-)
-from lightning_qat.quantization.learned_scale import LearnedScaleFakeQuantize
 
 Engine = Literal["x86", "fbgemm", "onednn", "qnnpack"]
 Observer = Literal["moving_average", "min_max", "histogram"]
 Scales = Literal["observed", "power_of_two", "learned", "learned_offset"]
 
 
-class KernelQConfig(tq.QConfig):
-    """A QConfig that knows where its integer model runs.
-
-    Attributes:
-        engine: which of torch's quantised engines that is.
-        knobs: the arguments of ``make_qconfig``, defaults included.
-        wide: the same with 8 bits, for what no layer's weights are multiplied with, and for the
-            ends of the network where ``wide_ends`` says so; None where this one has 8 bits.
-    """
-
-    engine: str
-    knobs: dict[str, Any]
-    wide: "KernelQConfig | None"
-    of_input: "KernelQConfig | None" = None
-    """Of what comes into the network, where that is another."""
-
-
-def make_qconfig(
-    engine: Engine = "x86",
-    weight_bits: int = 8,
-    activation_bits: int = 8,
-    per_channel: bool = True,
-    symmetric: bool = False,
-    reduce_range: bool = True,
-    observer: Observer = "moving_average",
-    averaging_constant: float = 0.01,
-    scales: Scales = "observed",
-    wide_ends: bool = True,
-) -> KernelQConfig:
-    """The constructor behind every named qconfig.
+@dataclass(frozen=True)
+class QConfig:
+    """A quantization scheme.
 
     Args:
-        engine: of torch's kernels.
+        engine: the quantized engine of torch that the INT8 model is made for.
         weight_bits: 2 to 8, signed, in int8 containers.
-        activation_bits: 2 to 8, unsigned, in uint8 containers, of what a layer's weights are
-            multiplied with. Below 8, a clamp behind the kernel, which clips at 255, ends the range.
+        activation_bits: 2 to 8, of the inputs of layers. Other activations have 8.
         per_channel: one weight scale for each output channel, else one for the tensor.
-        symmetric: activations have their zero point in the middle, else where 0 falls.
-        reduce_range: activations of 8 bits are mapped to 0..127, so that sums fit on every CPU.
+        symmetric: the zero point of activations is the middle of the range, else where 0 falls.
+        reduce_range: map activations of 8 bits to 0..127, so that sums fit on every CPU.
+        signed: activations are int8 with zero point 0 instead of uint8.
         observer: of activations.
-        averaging_constant: what one batch counts in ``moving_average``.
+        averaging_constant: the weight of one batch in ``moving_average``.
         scales: ``learned`` is LSQ, ``learned_offset`` LSQ+.
         wide_ends: with fewer bits, the first and the last layer keep 8.
 
     Raises:
         UserError: a value that does not exist.
     """
-    knobs = dict(locals())
-    for name, values in (("engine", Engine), ("observer", Observer), ("scales", Scales)):
-        if knobs[name] not in get_args(values):
-            allowed = ", ".join(get_args(values))
-            raise UserError(f"qconfig.{name}={knobs[name]!r} does not exist: choose {allowed}.")
-    for name in ("weight_bits", "activation_bits"):
-        checked_int(f"qconfig.{name}", knobs[name], lowest=2, highest=8)
-    for name in ("per_channel", "symmetric", "reduce_range", "wide_ends"):
-        checked_bool(f"qconfig.{name}", knobs[name])
-    if not 0 < checked_float("qconfig.averaging_constant", averaging_constant, lowest=0) <= 1:
+
+    engine: Engine = "x86"
+    weight_bits: int = 8
+    activation_bits: int = 8
+    per_channel: bool = True
+    symmetric: bool = False
+    reduce_range: bool = True
+    signed: bool = False
+    observer: Observer = "moving_average"
+    averaging_constant: float = 0.01
+    scales: Scales = "observed"
+    wide_ends: bool = True
+
+    def __post_init__(self) -> None:
+        for name, values in (("engine", Engine), ("observer", Observer), ("scales", Scales)):
+            if getattr(self, name) not in get_args(values):
+                raise UserError(
+                    f"qconfig.{name}={getattr(self, name)!r} does not exist: choose "
+                    f"{', '.join(get_args(values))}."
+                )
+        for name in ("weight_bits", "activation_bits"):
+            checked_int(f"qconfig.{name}", getattr(self, name), lowest=2, highest=8)
+        for name in ("per_channel", "symmetric", "reduce_range", "signed", "wide_ends"):
+            checked_bool(f"qconfig.{name}", getattr(self, name))
+        constant = checked_float("qconfig.averaging_constant", self.averaging_constant, lowest=0)
+        if not 0 < constant <= 1:
+            raise UserError(f"qconfig.averaging_constant={constant}: set it above 0, up to 1.")
+
+    @property
+    def is_learned(self) -> bool:
+        """True where training learns the scales."""
+        return self.scales in ("learned", "learned_offset")
+
+    @property
+    def wide(self) -> "QConfig":
+        """The same scheme with 8 bits, and with observed scales where this one has fewer."""
+        if min(self.weight_bits, self.activation_bits) == 8:
+            return self
+        scales = "observed" if self.is_learned else self.scales
+        return dataclasses.replace(self, weight_bits=8, activation_bits=8, scales=scales)
+
+    @property
+    def activation_range(self) -> tuple[int, int]:
+        """The integers that the lowest and the highest observed activation are mapped to."""
+        if self.signed:
+            highest = 2 ** (self.activation_bits - 1) - 1
+            return -highest, highest
+        return 0, 2 ** min(self.activation_bits, 7 if self.reduce_range else 8) - 1
+
+    @property
+    def activation_limits(self) -> tuple[int, int]:
+        """The integers at which activations are clipped.
+
+        Integer kernels clip at the end of the dtype. So a reduced range clips there, too, unless
+        fewer bits are asked for.
+        """
+        if self.activation_bits < 8 or self.is_learned:
+            return self.activation_range
+        return (-128, 127) if self.signed else (0, 255)
+
+    @property
+    def weight_limits(self) -> tuple[int, int]:
+        """The integers at which weights are clipped; with 8 bits their negatives exist, too."""
+        highest = 2 ** (self.weight_bits - 1) - 1
+        return (-highest, highest) if self.weight_bits == 8 else (-highest - 1, highest)
+
+
+def _few_bits(weight: int, activation: int) -> dict[str, QConfig]:
+    name = f"w{weight}a{activation}"
+    plain = QConfig(weight_bits=weight, activation_bits=activation)
+    return {name: plain, f"{name}_lsq": dataclasses.replace(plain, scales="learned")}
+
+
+QCONFIGS: dict[str, QConfig] = {
+    # torch's default on x86, which takes fbgemm or oneDNN for each layer: 7-bit activations
+    "x86": QConfig(),
+    # the same integers, all of them through fbgemm
+    "fbgemm": QConfig("fbgemm"),
+    # 8-bit activations: one bit more, and safe only on a CPU with VNNI
+    "onednn": QConfig("onednn", reduce_range=False),
+    # torch's kernels for ARM: one scale for a whole weight tensor
+    "qnnpack": QConfig("qnnpack", reduce_range=False, per_channel=False),
+    # int8 with zero point 0, as TensorRT's documentation asks
+    "tensorrt": QConfig(reduce_range=False, symmetric=True, signed=True),
+    "per_tensor_symmetric": QConfig(per_channel=False, symmetric=True),
+    "per_tensor_affine": QConfig(per_channel=False),
+    "per_channel_symmetric": QConfig(symmetric=True),
+    # ranges that cut off outliers where that costs least: for stage=ptq
+    "histogram_ptq": QConfig(observer="histogram"),
+    # scales for hardware that shifts instead of multiplying
+    "power_of_two": QConfig(scales="power_of_two"),
+    # Esser et al., "Learned Step Size Quantization", 2020
+    "lsq": QConfig(scales="learned"),
+    # Bhalgat et al., "LSQ+", 2020: learned offsets of activations as well
+    "lsq_plus": QConfig(scales="learned_offset"),
+    **_few_bits(4, 8),
+    **_few_bits(4, 4),
+    **_few_bits(3, 3),
+    **_few_bits(2, 4),
+    **_few_bits(2, 2),
+}
+
+
+def named_qconfig(name: str) -> QConfig:
+    """Return the scheme of this name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in QCONFIGS:
+        raise UserError(f"qconfig={name!r} is unknown: choose one of {', '.join(QCONFIGS)}.")
+    return QCONFIGS[name]
+
+
+def resolve_qconfig(qconfig: Any, allow_saturation: bool) -> QConfig:
+    """Return the scheme that ``qconfig`` is, names, or expresses as torch's QConfig.
+
+    Raises:
+        UserError: it is unknown; it observes only; this CPU or build of torch lacks its engine;
+            its activations are too wide for the kernels of this CPU and not ``allow_saturation``.
+    """
+    checked_bool("allow_saturation", allow_saturation)
+    if isinstance(qconfig, str):
+        qconfig = named_qconfig(qconfig)
+    elif type(qconfig).__module__.startswith("torch.ao."):
+        from lightning_qat.quantization.torch_ao import from_torch_qconfig
+
+        qconfig = from_torch_qconfig(qconfig)
+    if not isinstance(qconfig, QConfig):
         raise UserError(
-            f"qconfig.averaging_constant={averaging_constant}: set it above 0, up to 1."
+            f"qconfig must be one of {', '.join(QCONFIGS)}, a lightning_qat.quantization.QConfig "
+            f"or a torch.ao.quantization.QConfig, not a {type(qconfig).__name__}."
         )
-    # everywhere with_args, not functools.partial, which prepare_qat would leave on the CPU
-    observers = {
-        "moving_average": MovingAverageObserver.with_args(averaging_constant=averaging_constant),
-        "min_max": tq.MinMaxObserver,
-        "histogram": tq.HistogramObserver,
-    }
-    activation = {
-        "observer": observers[observer],
-        "quant_min": 0,
-        "quant_max": 2 ** min(activation_bits, 7 if reduce_range else 8) - 1,
-        "dtype": torch.quint8,
-        "qscheme": torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine,
-    }
-    weight = {
-        "observer": tq.PerChannelMinMaxObserver if per_channel else tq.MinMaxObserver,
-        "quant_min": -(2 ** (weight_bits - 1)),
-        "quant_max": 2 ** (weight_bits - 1) - 1,
-        "dtype": torch.qint8,
-        "qscheme": torch.per_channel_symmetric if per_channel else torch.per_tensor_symmetric,
-    }
-    learned = scales in ("learned", "learned_offset")
-    if learned:
-        activation["learns_offset"] = scales == "learned_offset"
-        made = KernelQConfig(
-            activation=LearnedScaleFakeQuantize.with_args(**activation),
-            weight=LearnedScaleFakeQuantize.with_args(**weight),
+    engines = torch.backends.quantized.supported_engines
+    if qconfig.engine not in engines:
+        raise UserError(
+            f"the quantized engine {qconfig.engine!r} does not exist in this build of torch on "
+            f"this CPU: choose a qconfig for one of {', '.join(engines)}."
         )
-    else:
-        power_of_two = scales == "power_of_two"
-        activation |= {"clip": activation_bits < 8, "power_of_two": power_of_two}
-        made = KernelQConfig(
-            activation=KernelRangeFakeQuantize.with_args(**activation),
-            weight=SymmetricFakeQuantize.with_args(**weight, power_of_two=power_of_two),
+    if qconfig.engine != "qnnpack" and saturates(qconfig) and not allow_saturation:
+        if not qconfig.signed:
+            raise UserError(
+                f"this qconfig uses 8-bit activations on {qconfig.engine!r}, and this CPU has no "
+                "VNNI: sums of two products would saturate in its kernels and cost accuracy. Use "
+                "qconfig=x86, or allow_saturation=true to do it all the same."
+            )
+        rank_zero_warn(
+            "this qconfig is made for a GPU. This CPU has no VNNI, so its kernels saturate: the "
+            "accuracy that is measured here can be lower than that of the GPU."
         )
-    made.engine, made.knobs, made.wide = engine, knobs, None
-    if min(weight_bits, activation_bits) < 8:
-        eight = {"weight_bits": 8, "activation_bits": 8}
-        made.wide = make_qconfig(**knobs | eight | ({"scales": "observed"} if learned else {}))
-    return made
+    return qconfig
 
 
-def of_an_end(qconfig: tq.QConfig, is_last: bool) -> tq.QConfig:
-    """What ``qconfig`` is for the first or the last layer of a network."""
-    wide = getattr(qconfig, "wide", None)
-    if not isinstance(qconfig, KernelQConfig) or wide is None or not qconfig.knobs["wide_ends"]:
-        return qconfig
-    if is_last:
-        return wide
-    first = KernelQConfig(activation=qconfig.activation, weight=wide.weight)
-    first.engine, first.knobs, first.wide = qconfig.engine, qconfig.knobs, wide
-    first.of_input = wide
-    return first
+def saturates(qconfig: QConfig) -> bool:
+    """Return True where sums of two products can overflow 16 bits in the kernels of this CPU."""
+    low, high = qconfig.wide.activation_range
+    return high - low > 127 and not torch.cpu._is_vnni_supported()
 
 
-def x86() -> KernelQConfig:
-    """torch's default on x86, which picks fbgemm or oneDNN per layer: 7-bit activations."""
-    return make_qconfig()
+def resolve_overrides(
+    overrides: Mapping[Any, Any], engine: str, allow_saturation: bool
+) -> dict[Any, QConfig | None]:
+    """Return the schemes of single layers, by name or type; None = in float.
+
+    Raises:
+        UserError: one of them cannot be used, or belongs to another engine than the network's.
+    """
+    if not isinstance(overrides, Mapping):
+        raise UserError(f"overrides={overrides!r}: set it to a mapping, such as {{'fc': None}}.")
+    resolved: dict[Any, QConfig | None] = {}
+    for key, value in overrides.items():
+        if not isinstance(key, str | type):
+            raise UserError(f"overrides: {key!r} is neither the name of a layer nor a type.")
+        resolved[key] = None if value is None else resolve_qconfig(value, allow_saturation)
+        own = resolved[key]
+        if own is not None and own.engine != engine:
+            raise UserError(
+                f"overrides: {key!r} is for the engine {own.engine!r}, the network for "
+                f"{engine!r}: an INT8 model has one engine."
+            )
+    return resolved
 
 
-def fbgemm() -> KernelQConfig:
-    """The same integers as ``x86``, all of them through fbgemm's kernels."""
-    return make_qconfig("fbgemm")
-
-
-def onednn() -> KernelQConfig:
-    """Full 8-bit activations on oneDNN: one bit more, and safe only on a CPU with VNNI."""
-    return make_qconfig("onednn", reduce_range=False)
-
-
-def qnnpack() -> KernelQConfig:
-    """torch's kernels for ARM, which also run on x86: one scale for a whole weight tensor."""
-    return make_qconfig("qnnpack", reduce_range=False, per_channel=False)
-
-
-def per_tensor_symmetric() -> KernelQConfig:
-    """The plainest scheme: one scale a tensor, and the zero point in the middle of the range."""
-    return make_qconfig(per_channel=False, symmetric=True)
-
-
-def per_tensor_affine() -> KernelQConfig:
-    """One scale a tensor; activations use their range from its lowest to its highest value."""
-    return make_qconfig(per_channel=False)
-
-
-def per_channel_symmetric() -> KernelQConfig:
-    """One weight scale a channel; the zero point of activations in the middle of the range."""
-    return make_qconfig(symmetric=True)
-
-
-def histogram_ptq() -> KernelQConfig:
-    """Ranges that cut outliers off where that costs least, by histograms: for ``stage=ptq``."""
-    return make_qconfig(observer="histogram")
-
-
-def power_of_two() -> KernelQConfig:
-    """Scales that are powers of two, for hardware that shifts instead of multiplying."""
-    return make_qconfig(scales="power_of_two")
-
-
-def lsq() -> KernelQConfig:
-    """8 bits with learned scales (Esser et al., "Learned Step Size Quantization", 2020)."""
-    return make_qconfig(scales="learned")
-
-
-def lsq_plus() -> KernelQConfig:
-    """Learned offsets of activations as well (Bhalgat et al., "LSQ+", 2020)."""
-    return make_qconfig(scales="learned_offset")
-
-
-def w4a8() -> KernelQConfig:
-    """4-bit weights."""
-    return make_qconfig(weight_bits=4)
-
-
-def w4a4() -> KernelQConfig:
-    """4-bit weights and activations."""
-    return make_qconfig(weight_bits=4, activation_bits=4)
-
-
-def w3a3() -> KernelQConfig:
-    """3-bit weights and activations."""
-    return make_qconfig(weight_bits=3, activation_bits=3)
-
-
-def w2a4() -> KernelQConfig:
-    """Ternary weights, 4-bit activations."""
-    return make_qconfig(weight_bits=2, activation_bits=4)
-
-
-def w2a2() -> KernelQConfig:
-    """Ternary weights, 2-bit activations."""
-    return make_qconfig(weight_bits=2, activation_bits=2)
-
-
-def w4a8_lsq() -> KernelQConfig:
-    """``w4a8`` with learned scales."""
-    return make_qconfig(weight_bits=4, scales="learned")
-
-
-def w4a4_lsq() -> KernelQConfig:
-    """``w4a4`` with learned scales."""
-    return make_qconfig(weight_bits=4, activation_bits=4, scales="learned")
-
-
-def w3a3_lsq() -> KernelQConfig:
-    """``w3a3`` with learned scales."""
-    return make_qconfig(weight_bits=3, activation_bits=3, scales="learned")
-
-
-def w2a4_lsq() -> KernelQConfig:
-    """2-bit weights, 4-bit activations, learned scales."""
-    return make_qconfig(weight_bits=2, activation_bits=4, scales="learned")
-
-
-def w2a2_lsq() -> KernelQConfig:
-    """2-bit weights and activations, learned scales."""
-    return make_qconfig(weight_bits=2, activation_bits=2, scales="learned")
-
-
-QCONFIGS: dict[str, Callable[[], KernelQConfig]] = {
-    function.__name__: function
-    for function in (
-        x86, fbgemm, onednn, qnnpack,
-        per_tensor_symmetric, per_tensor_affine, per_channel_symmetric,
-        histogram_ptq, power_of_two, lsq, lsq_plus,
-        w4a8, w4a4, w3a3, w2a4, w2a2,
-        w4a8_lsq, w4a4_lsq, w3a3_lsq, w2a4_lsq, w2a2_lsq,
-    )
-}  # fmt: skip
+def describe(qconfig: QConfig) -> str:
+    """Return the name of a scheme, or its fields where it has no name."""
+    for name, named in QCONFIGS.items():
+        if qconfig == named:
+            return name
+    return ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(qconfig).items())

@@ -1,0 +1,343 @@
+"""The computation of each planned call: in training, in evaluation, and in a graph to export.
+
+*Training* fake-quantizes inputs, weights and outputs; batch-norm stays as it is.
+
+*Evaluation* computes what integer kernels compute, bit for bit, in float32: a layer adds products
+of integers, which is exact below 2**24, adds an int32 bias, multiplies once for each channel (input
+scale x weight scale / output scale, batch-norm included) and rounds once. A sum is two multiply-adds,
+as ONNX Runtime's QLinearAdd computes it.
+
+*Lowering* writes the operators of ``ops.py`` with the same numbers.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_qat.errors import UserError
+from lightning_qat.quantization.calls import (
+    LAYERS,
+    RELUS,
+    TRANSPOSED,
+    Calls,
+    layer_arguments,
+)
+from lightning_qat.quantization.fake_quantize import along
+from lightning_qat.quantization.plan import Call
+
+_BIAS_LIMITS = (-(2.0**31), 2.0**31 - 256)  # the largest int32 values that float32 holds
+_OPS = torch.ops.lightning_qat
+
+
+class _Straight(torch.autograd.Function):
+    """Return the exact value, and hand its gradient to the differentiable one."""
+
+    @staticmethod
+    def forward(ctx: Any, differentiable: Tensor, exact: Tensor) -> Tensor:
+        return exact.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _exact(exact: Callable[[], Tensor], differentiable: Callable[[], Tensor]) -> Tensor:
+    if not torch.is_grad_enabled():
+        return exact()
+    trained = differentiable()
+    if not trained.requires_grad:
+        return exact()
+    with torch.no_grad():
+        value = exact()
+    return _Straight.apply(trained, value)
+
+
+class _Layer:
+    """A layer whose batch-norm is still to come, with the integers that it has added."""
+
+    def __init__(self, call: Call, function: Any, output: Tensor) -> None:
+        self.call, self.function, self.output = call, function, output
+        self.sums: Tensor | None = None
+        self.operands: tuple[Tensor, Tensor, Tensor | None, list[Any], dict[str, Any]]
+        self.scale: Tensor
+        self.integers: Tensor
+
+
+class Quantize(Calls):
+    """The mode in which a planned network runs.
+
+    Args:
+        owner: holds plan, fake-quantizers and the state (training, evaluation or lowering).
+    """
+
+    def __init__(self, owner: Any) -> None:
+        super().__init__(owner.path)
+        self.owner = owner
+        self.pending: dict[str, tuple[str, _Layer]] = {}  # site of a batch-norm -> its layer
+        # first site of a chain -> its value, and the same in steps of the scale at the chain's end
+        self.in_steps: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def call(self, site: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute the call at ``site`` as the plan says."""
+        call = self.owner.plan.calls.get(site)
+        if call is None:
+            if function in LAYERS:
+                self.owner.meet_unplanned(site)
+            return function(*args, **kwargs)
+        if not self.owner.rounds(call):
+            return function(*args, **kwargs)
+        if call.kind == "layer":
+            output = self._layer(call, site, function, args, kwargs)
+        elif call.kind == "sum":
+            output = self._sum(call, site, function, args, kwargs)
+        elif call.kind == "norm":
+            output = self._norm(call, site, function, args, kwargs)
+        else:
+            output = function(*args, **kwargs)
+        return self._end(call, function, output, args, kwargs) if call.output else output
+
+    # inputs and outputs -----------------------------------------------------------------------
+
+    def _quantize(self, name: str, x: Tensor) -> Tensor:
+        owner = self.owner
+        if owner.numbers is None:
+            return owner.fake_quant(name, x)
+        scale, zero_point = owner.numbers[name]
+        limits = owner.activation(name).limits
+        signed = owner.plan.activations[name].signed
+        integers = _OPS.quantize(x.float(), scale, zero_point, *limits, signed)
+        return _OPS.dequantize(integers, scale, zero_point)
+
+    def _inputs(self, call: Call, operands: list[Tensor]) -> list[Tensor]:
+        operands = list(operands)
+        names = dict(call.inputs)
+        if self.owner.numbers is not None:  # ONNX Runtime looks for the operators beside the layer
+            names |= call.again
+        for position, name in names.items():
+            operands[position] = self._quantize(name, operands[position])
+        return operands
+
+    def _qparams(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.owner.activation(name).qparams()
+
+    def _end(
+        self, call: Call, function: Any, output: Tensor, args: Any, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Round a value at the end of a chain."""
+        value, counted = self.in_steps.pop(call.follows, (None, None))
+        before = (args[0] if args else kwargs["input"]) if call.kind == "clamp" else output
+        if counted is None or value is not before:  # a hook has put another value in its place
+            return self._quantize(call.output, output)
+        fake_quant = self.owner.activation(call.output)
+        scale, zero_point = fake_quant.qparams()
+        if call.kind == "clamp":
+            low, high = _clamp_limits(function, args, kwargs)
+            top = None if high is None else high / scale
+            counted = counted.clamp(low / scale, top)
+
+        def exact() -> Tensor:
+            integers = torch.round(counted).add_(zero_point).clamp_(*fake_quant.limits)
+            return integers.sub_(zero_point).mul_(scale)
+
+        return _exact(exact, lambda: self.owner.fake_quant(call.output, output))
+
+    # sums -------------------------------------------------------------------------------------
+
+    def _sum(
+        self, call: Call, site: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        a, b = self._inputs(call, list(args[:2]))
+        output = torch.add(a, b)
+        if call.steps and self.owner.is_exact:
+            with torch.no_grad():
+                self.in_steps[site] = output, self._sum_in_steps(call, a, b)
+        return output
+
+    def _sum_in_steps(self, call: Call, a: Tensor, b: Tensor) -> Tensor:
+        """Return the sum in steps of the output's scale, rounded, less the zero point."""
+        names = call.inputs | call.again
+        (a_scale, a_zero), (b_scale, b_zero) = (self._qparams(names[i]) for i in (0, 1))
+        scale, zero_point = self._qparams(call.steps)
+        a, b = (torch.round(a / a_scale).add_(a_zero), torch.round(b / b_scale).add_(b_zero))
+        a_ratio, b_ratio = a_scale / scale, b_scale / scale
+        fixed = zero_point - (a_ratio * a_zero + b_ratio * b_zero)
+        # fused multiply-adds, the second input first: exact in float64, then rounded to float32
+        first = b.double().mul_(b_ratio.double()).add_(fixed.double()).float()
+        total = a.double().mul_(a_ratio.double()).add_(first.double()).float()
+        return total.round_().sub_(zero_point)
+
+    # layers -----------------------------------------------------------------------------------
+
+    def _layer(
+        self, call: Call, site: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        x, weight, bias, rest, others = layer_arguments(args, kwargs)
+        (x,) = self._inputs(call, [x])
+        fold = self._fold(call, weight)
+
+        def trained() -> Tensor:
+            folded = weight if fold is None else weight * fold
+            rounded = self.owner.fake_quant_weight(call.weight, folded)
+            if fold is not None:
+                rounded = rounded / fold
+            return function(x, rounded, bias, *rest, **others)
+
+        if not self.owner.is_exact and self.owner.numbers is None:
+            return trained()
+        with torch.no_grad(), _without_autocast(x):
+            layer = self._add_integers(call, function, (x, weight, bias, rest, others), fold)
+        if self.owner.numbers is None:
+            alone = layer.output
+            layer.output = _exact(lambda: alone, trained)
+        if call.norm:
+            self.pending[call.norm] = site, layer
+            return layer.output
+        return self._finish(layer, site, None, bias, lambda: layer.output)
+
+    def _fold(self, call: Call, weight: Tensor) -> Tensor | None:
+        """Return batch-norm's factors, where weights are rounded with batch-norm folded in.
+
+        With one scale for each channel, folding later changes scales only. With one scale for the
+        tensor it would give each channel its own, so the factor comes before the rounding. A
+        factor of 0 leaves no weight to round: that channel stays as it is.
+        """
+        if not call.norm_tensors:
+            return None
+        gamma, variance, eps = call.norm_tensors
+        net = self.owner.net
+        factor = 1 / torch.sqrt(net.get_buffer(variance).detach() + eps)
+        if gamma:
+            factor = factor * net.get_parameter(gamma).detach()
+        return along(torch.where(factor == 0, 1.0, factor), weight.ndim, call.axis)
+
+    def _add_integers(self, call: Call, function: Any, operands: Any, fold: Any) -> _Layer:
+        """Compute the sums of integers of a layer, and their value."""
+        x, weight, bias, rest, others = operands
+        fake_quant = self.owner.weight(call.weight)
+        folded = weight.float() if fold is None else weight.float() * fold
+        scale = fake_quant.qparams()[0]
+        by_channel = scale if fake_quant.axis is None else along(scale, weight.ndim, call.axis)
+        integers = torch.round(folded / by_channel).clamp_(*fake_quant.limits)
+        channels = integers.shape[call.axis]
+        if call.axis:  # of a transposed convolution: groups share the output axis
+            channels *= others.get("groups", rest[3] if len(rest) > 3 else 1)
+        scale = scale.expand(channels) if scale.ndim == 0 else scale.repeat(channels // len(scale))
+        layer = _Layer(call, function, x)
+        layer.operands, layer.scale, layer.integers = (x, weight, bias, rest, others), scale, integers
+        if fold is not None:  # the value is that of the layer alone
+            scale = scale / fold.flatten()
+        if self.owner.numbers is not None:
+            layer.output = function(x, weight, bias, *rest, **others)  # only for its shape
+            return layer
+        x_scale = self._qparams(self._input_name(call))[0]
+        layer.sums = function(torch.round(x / x_scale), integers, None, *rest, **others)
+        channel = _channel(function, layer.sums, integers)
+        layer.output = layer.sums * along(scale * x_scale, layer.sums.ndim, channel)
+        if bias is not None:
+            layer.output = layer.output + along(bias.float(), layer.sums.ndim, channel)
+        return layer
+
+    @staticmethod
+    def _input_name(call: Call) -> str:
+        return (call.inputs | call.again)[0]
+
+    def _norm(
+        self, call: Call, site: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        start, layer = self.pending.pop(site, ("", None))
+        x = args[0] if args else kwargs["input"]
+        if layer is None or layer.output is not x:  # a hook has put another value in its place
+            return function(*args, **kwargs)
+        bound = dict(zip(_NORM, args, strict=False)) | kwargs
+        with torch.no_grad():
+            factor = 1 / torch.sqrt(bound["running_var"] + bound.get("eps", 1e-5))
+            if bound.get("weight") is not None:
+                factor = factor * bound["weight"]
+            bias = layer.operands[2]
+            shift = -bound["running_mean"] if bias is None else bias - bound["running_mean"]
+            bias = shift * factor
+            if bound.get("bias") is not None:
+                bias = bias + bound["bias"]
+        if layer.call.norm_tensors:  # the factor is in the integers already
+            factor = None
+        return self._finish(layer, start, factor, bias, lambda: function(*args, **kwargs))
+
+    def _finish(
+        self,
+        layer: _Layer,
+        site: str,
+        factor: Tensor | None,
+        bias: Tensor | None,
+        differentiable: Callable[[], Tensor],
+    ) -> Tensor:
+        """Compute a layer with ``factor`` and ``bias`` for each output channel."""
+        call, integers, scale = layer.call, layer.integers, layer.scale
+        with torch.no_grad():
+            sign = None
+            if factor is not None:
+                # a factor of 0 leaves no integers, a negative one their negatives
+                sign = torch.sign(factor)
+                scale = torch.where(factor == 0, torch.ones_like(scale), scale * factor.abs())
+            bias = torch.zeros_like(scale) if bias is None else bias.float()
+            if self.owner.numbers is not None:
+                if sign is not None:
+                    integers = integers * along(sign, integers.ndim, call.axis)
+                return self._lowered(layer, integers, scale, bias)
+            assert layer.sums is not None
+            total, ndim = layer.sums, layer.sums.ndim
+            channel = _channel(layer.function, total, integers)
+            x_scale = self._qparams(self._input_name(call))[0]
+            product = scale * x_scale
+            if sign is not None:
+                total = total * along(sign, ndim, channel)
+            total = total + along(
+                torch.round(bias / product).clamp_(*_BIAS_LIMITS), ndim, channel
+            )
+            real = total * along(product, ndim, channel)
+        output = _exact(lambda: real, differentiable)
+        if call.steps:
+            with torch.no_grad():
+                step = self._qparams(call.steps)[0]
+                self.in_steps[site] = output, total * along(product / step, ndim, channel)
+        return output
+
+    def _lowered(self, layer: _Layer, integers: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        call = layer.call
+        x, _, _, rest, others = layer.operands
+        x_scale = self.owner.numbers[self._input_name(call)][0]
+        weight_scale = scale[: integers.shape[call.axis]]
+        weight = _OPS.dequantize_per_channel(
+            integers.to(torch.int8), weight_scale, call.axis, call.layer
+        )
+        rounded = torch.round(bias / (scale * x_scale)).clamp_(*_BIAS_LIMITS).to(torch.int32)
+        b = _OPS.dequantize_per_channel(rounded, scale * x_scale, 0, call.layer)
+        return layer.function(x, weight, b, *rest, **others)
+
+
+_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+
+def _channel(function: Any, sums: Tensor, integers: Tensor) -> int:
+    return sums.ndim - 1 if function is F.linear else sums.ndim - integers.ndim + 1
+
+
+def _clamp_limits(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[float, float | None]:
+    if function in RELUS:
+        return 0.0, None
+    if function is F.relu6:
+        return 0.0, 6.0
+    bound = dict(zip(("input", "min_val", "max_val"), args, strict=False)) | kwargs
+    return bound.get("min_val", -1.0), bound.get("max_val", 1.0)
+
+
+def _without_autocast(x: Tensor) -> Any:
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()  # torch.export would make a graph of its own of the other

@@ -1,0 +1,54 @@
+"""From a quantized network to an exported graph of integers."""
+
+from typing import Any, Literal
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from lightning_qat.errors import UserError
+from lightning_qat.quantization import ops  # noqa: F401  (registers the operators)
+from lightning_qat.quantization.exported import export_program
+from lightning_qat.quantization.network import Quantization, quantized_networks
+
+
+def lower(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    dynamic: Literal["batch", "size"] = "batch",
+) -> ExportedProgram:
+    """Export ``module`` with the operators of ``ops.py`` where its networks are quantized.
+
+    Args:
+        module: a quantized network, or a module around some, on the CPU.
+        args, kwargs: an example of what it takes.
+        dynamic: ``batch``: any number of samples; ``size``: any height and width, too.
+
+    Returns:
+        The program: constants are folded, integers are weights of int8 and biases of int32.
+
+    Raises:
+        UserError: there is no quantized network, or it has no ranges yet.
+    """
+    networks = quantized_networks(module)
+    if not networks or not all(x.is_ready for x in networks):
+        raise UserError("this network has no scales yet: train or calibrate it first.")
+    modes = {x: x.training for x in module.modules()}
+    module.eval()
+    try:
+        for quantization in networks:
+            quantization.numbers = _numbers(quantization)
+        return export_program(module, args, kwargs or {}, dynamic)
+    finally:
+        for quantization in networks:
+            quantization.numbers = None
+        for x, training in modes.items():
+            x.training = training
+
+
+def _numbers(quantization: Quantization) -> dict[str, tuple[float, int]]:
+    numbers = {}
+    for name in quantization.plan.activations:
+        scale, zero_point = quantization.activation(name).qparams()
+        numbers[name] = (float(scale), int(zero_point))
+    return numbers

@@ -1,0 +1,467 @@
+"""A network that is fake-quantized while it stays the user's object.
+
+Hooks follow which module runs, and a wrapper of ``forward`` runs the network in a mode that sees
+its torch functions. Modules, parameters, their order and the keys of ``state_dict`` stay as they
+are. Ranges and scales live beside the network, in a ``Quantization``.
+"""
+
+import copy
+import inspect
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.errors import UserError
+from lightning_qat.quantization.arithmetic import Quantize
+from lightning_qat.quantization.calls import tensors
+from lightning_qat.quantization.fake_quantize import (
+    ActivationFakeQuantize,
+    FakeQuantize,
+    WeightFakeQuantize,
+)
+from lightning_qat.quantization.learned_scale import LearnedScaleFakeQuantize
+from lightning_qat.quantization.plan import Call, Plan, QConfigOf, Recorder, make_plan
+
+
+class Quantization(nn.Module):
+    """The plan of a network, its fake-quantizers, and the state of both.
+
+    Its tensors are no part of any ``state_dict``: ``scales`` and ``load_scales`` are their way into
+    checkpoints.
+
+    Attributes:
+        plan: where the network is quantized.
+        path: the names of the modules that are running; empty while the network is not.
+        target: the dotted name of the network in its LightningModule.
+        scheme: the callback's arguments, in words.
+        example: positional and keyword arguments that the network takes.
+        numbers: while the network is lowered: scale and zero point of each activation.
+        is_ready: True when all ranges are known. Before, evaluation is in float.
+        rounding: the layers that round; None = all.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "_net", (net,))  # no submodule: it would hold itself
+        self.plan = Plan()
+        self.path: list[str] = []
+        self.target = ""
+        self.scheme: dict[str, str] = {}
+        self.example: Any = None
+        self.numbers: dict[str, tuple[float, int]] | None = None
+        self.is_ready = False
+        self.rounding: set[str] | None = None
+        self._observes = self._is_identity = False
+        self._entered: Quantize | None = None
+        self._unplanned: set[str] = set()
+        self._first_unplanned: set[str] | None = None
+        self.activations = nn.ModuleDict()
+        self.weights = nn.ModuleDict()
+        self.register_load_state_dict_post_hook(_not_missing)
+
+    @property
+    def net(self) -> nn.Module:
+        """The network."""
+        return self._net[0]  # type: ignore[index]
+
+    # the state of the network -----------------------------------------------------------------
+
+    @property
+    def is_exact(self) -> bool:
+        """True where the network computes what integer kernels will compute."""
+        return not self.net.training and not self._observes and not self._is_identity
+
+    @property
+    def is_active(self) -> bool:
+        """True where the network is quantized: when all ranges are known, or while it observes."""
+        return self.is_ready or self._observes or self._is_identity
+
+    def observe(self, enabled: bool) -> None:
+        """Let data move the ranges, or not."""
+        self._observes = enabled
+        for module in self.modules():
+            if isinstance(module, FakeQuantize):
+                module.observes = enabled
+
+    def rounds(self, call: Call) -> bool:
+        """Return True where ``call`` rounds."""
+        return self.rounding is None or call.layer in self.rounding
+
+    def activation(self, name: str) -> Any:
+        """Return the fake-quantizer of activations with this name."""
+        return self.activations[_key(name)]
+
+    def weight(self, name: str) -> Any:
+        """Return the fake-quantizer of weights with this name."""
+        return self.weights[_key(name)]
+
+    def fake_quant(self, name: str, x: Tensor) -> Tensor:
+        """Fake-quantize an activation."""
+        return x.clone() if self._is_identity else self._run(self.activation(name), x)
+
+    def fake_quant_weight(self, name: str, weight: Tensor) -> Tensor:
+        """Fake-quantize a weight."""
+        if not self._is_identity:
+            return self._run(self.weight(name), weight)
+        if not self.weight(name).is_observed():
+            self.weight(name).initialize(weight.detach().float())
+        return weight
+
+    def _run(self, fake_quant: Any, x: Tensor) -> Tensor:
+        # gradient checkpointing runs forward again inside backward: the same data, and no news
+        if self._observes and not torch.compiler.is_compiling() and _is_backward():
+            fake_quant.observes = False
+            rounded = fake_quant(x)
+            fake_quant.observes = True
+            return rounded
+        return fake_quant(x)
+
+    def meet_unplanned(self, site: str) -> None:
+        """Note a layer that the recorded pass did not have.
+
+        Raises:
+            UserError: evaluation calls it, so the INT8 model would lack it.
+        """
+        if site in self.plan.known or torch.compiler.is_compiling():
+            return
+        if not self.net.training:
+            raise UserError(f"evaluation calls {site!r}, {_CHANGES}")
+        self._unplanned.add(site)
+
+    def check_layers(self) -> None:
+        """Check that training calls the same layers in each step; it may call more than evaluation.
+
+        Raises:
+            UserError: it does not.
+        """
+        if not self.net.training or torch.compiler.is_compiling():
+            return
+        if self._first_unplanned is None:
+            self._first_unplanned = self._unplanned
+        changed = self._unplanned ^ self._first_unplanned
+        self._unplanned = set()
+        if changed:
+            raise UserError(f"training calls {min(changed)!r} in some steps only, {_CHANGES}")
+
+    def enter(self, name: str) -> None:
+        """Note that a module starts to run; alone, it is quantized by itself."""
+        if not self.path and self.is_active:
+            self._entered = Quantize(self)
+            self._entered.__enter__()
+        self.path.append(name)
+
+    def leave(self) -> None:
+        """Note that a module has run."""
+        if self.path:
+            self.path.pop()
+        if not self.path and self._entered is not None:
+            self._entered.__exit__(None, None, None)
+            self._entered = None
+
+    # tensors ----------------------------------------------------------------------------------
+
+    def build(self, plan: Plan) -> None:
+        """Follow another plan; the fake-quantizers that fit it stay."""
+        self.plan = plan
+        device = next((x.device for x in self.net.parameters()), torch.device("cpu"))
+        made: dict[str, nn.Module] = {
+            _key(name): LearnedScaleFakeQuantize(q) if q.is_learned else ActivationFakeQuantize(q)
+            for name, q in plan.activations.items()
+        }
+        self.activations = nn.ModuleDict(made | _fitting(made, self.activations)).to(device)
+        made = {
+            _key(name): (LearnedScaleFakeQuantize if q.is_learned else WeightFakeQuantize)(q, *axis)
+            for name, (q, *axis) in plan.weights.items()
+        }
+        self.weights = nn.ModuleDict(made | _fitting(made, self.weights)).to(device)
+        self.is_ready = not self.unobserved()
+
+    def unobserved(self) -> list[str]:
+        """Return the names of the fake-quantizers that have no range yet."""
+        return [
+            name
+            for name, module in self.named_modules()
+            if isinstance(module, FakeQuantize) and not module.is_observed()
+        ]
+
+    @property
+    def count(self) -> int:
+        """The number of fake-quantizers that training has to show data to."""
+        return sum(isinstance(x, FakeQuantize) and not x.is_known_at_start for x in self.modules())
+
+    def scales(self) -> dict[str, Tensor]:
+        """Return copies of all ranges and scales, by name."""
+        return {
+            name: tensor.detach().clone()
+            for name, tensor in nn.Module.state_dict(self, keep_vars=True).items()
+        }
+
+    def load_scales(self, scales: dict[str, Tensor]) -> None:
+        """Take ranges and scales that ``scales`` gave.
+
+        Raises:
+            UserError: they are of another network or scheme.
+        """
+        own: dict[str, Tensor] = nn.Module.state_dict(self, keep_vars=True)
+        wrong = set(own) ^ set(scales) or {
+            name for name in own if own[name].shape != scales[name].shape
+        }
+        if wrong:
+            raise UserError(
+                f"these scales are of another network or qconfig: they differ in {sorted(wrong)[0]}"
+                f" ({len(wrong)} in all). Give the callback the network and arguments that the "
+                "checkpoint was written with."
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(scales[name])
+        for module in self.modules():
+            if isinstance(module, LearnedScaleFakeQuantize):
+                module.is_learning = bool(module.is_initialized)
+        self.is_ready = not self.unobserved()
+
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        """Return nothing: a checkpoint of the network stays one of the float network."""
+        return OrderedDict() if destination is None else destination
+
+
+def _not_missing(module: nn.Module, incompatible: Any) -> None:
+    """Tell ``load_state_dict`` that a ``Quantization`` misses nothing."""
+    own = tuple(f".{name}" for name in nn.Module.state_dict(module, keep_vars=True))
+    missing = incompatible.missing_keys
+    missing[:] = [key for key in missing if not key.endswith(own)] if own else missing
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # the name of a submodule has no dots
+
+
+def _is_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _fitting(made: dict[str, nn.Module], present: nn.ModuleDict) -> dict[str, nn.Module]:
+    """Return the present fake-quantizers that may stand for the ones just made."""
+    return {
+        key: present[key]
+        for key, module in made.items()
+        if key in present and _shapes(present[key]) == _shapes(module)
+    }
+
+
+def _shapes(module: nn.Module) -> list[Any]:
+    return [type(module), *((name, x.shape) for name, x in module.state_dict().items())]
+
+
+class QuantizedForward:
+    """The ``forward`` of a quantized network. It can be copied and pickled with the network."""
+
+    def __init__(self, quantization: Quantization, forward: Any = None) -> None:
+        self.quantization = quantization
+        self.forward = forward  # of the instance, where it had one
+
+    @property
+    def original(self) -> Any:
+        """The network's own ``forward``."""
+        net = self.quantization.net
+        return self.forward or type(net).forward.__get__(net)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The signature of the network's own ``forward``."""
+        return inspect.signature(self.original)
+
+    @property
+    def __code__(self) -> Any:
+        """The code of the network's own ``forward``, which torch.export reads."""
+        return self.original.__code__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network, quantized."""
+        quantization = self.quantization
+        path = quantization.path
+        outside = list(path)
+        path[:] = [""]
+        try:
+            if not quantization.is_active:
+                return self.original(*args, **kwargs)
+            with Quantize(quantization):
+                output = self.original(*args, **kwargs)
+            quantization.check_layers()
+            return output
+        finally:
+            path[:] = outside
+
+
+class _Enter:
+    """A forward pre-hook that keeps the path of the running module.
+
+    A module that runs outside of the network's ``forward``, as when another method of the network
+    calls it, is quantized by itself.
+    """
+
+    def __init__(self, quantization: Quantization, name: str) -> None:
+        self.quantization, self.name = quantization, name
+
+    def __call__(self, *_: Any) -> None:
+        self.quantization.enter(self.name)
+
+
+class _Leave:
+    """The forward hook that belongs to ``_Enter``."""
+
+    def __init__(self, quantization: Quantization) -> None:
+        self.quantization = quantization
+
+    def __call__(self, *_: Any) -> None:
+        self.quantization.leave()
+
+
+class _Apply:
+    """The ``_apply`` of a quantized network, which ``to`` and its like call: scales go with it."""
+
+    def __init__(self, quantization: Quantization) -> None:
+        self.quantization = quantization
+
+    def __call__(self, fn: Any, recurse: bool = True) -> nn.Module:
+        net = self.quantization.net
+        type(net)._apply(net, fn, recurse)
+        self.quantization._apply(fn)
+        return net
+
+
+def quantization_of(net: nn.Module) -> Quantization | None:
+    """Return the quantization of ``net``, or None where it is a float network."""
+    forward = vars(net).get("forward")
+    return forward.quantization if isinstance(forward, QuantizedForward) else None
+
+
+def quantized_networks(module: nn.Module) -> list[Quantization]:
+    """Return the quantizations of all quantized networks in ``module``."""
+    found = [quantization_of(x) for x in module.modules()]
+    return [x for x in found if x is not None]
+
+
+def attach(net: nn.Module) -> Quantization:
+    """Give ``net`` a quantization without a plan, or the one that it has.
+
+    Modules that have come into the network since it got its quantization are followed, too.
+    """
+    quantization = quantization_of(net)
+    if quantization is None:
+        quantization = Quantization(net)
+        net.forward = QuantizedForward(quantization, vars(net).get("forward"))  # type: ignore[assignment]
+        net._apply = _Apply(quantization)  # type: ignore[assignment,method-assign]
+    for name, module in net.named_modules():
+        follows = any(
+            isinstance(hook, _Enter) and hook.quantization is quantization
+            for hook in module._forward_pre_hooks.values()
+        )
+        if name and not follows and not isinstance(module, Quantization | FakeQuantize):
+            module.register_forward_pre_hook(_Enter(quantization, name))
+            module.register_forward_hook(_Leave(quantization), always_call=True)
+    return quantization
+
+
+def detach(net: nn.Module) -> nn.Module:
+    """Make a float network of a quantized one, in place; its weights stay as trained."""
+    quantization = quantization_of(net)
+    if quantization is None:
+        return net
+    forward = net.forward.forward  # type: ignore[union-attr]
+    del net.forward, net._apply
+    if forward is not None:
+        net.forward = forward
+    for module in net.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, _Enter | _Leave) and hook.quantization is quantization:
+                    del hooks[key]
+                    module._forward_hooks_always_called.pop(key, None)
+    return net
+
+
+def copy_network(net: nn.Module) -> nn.Module:
+    """Return a deep copy, also of a network with weights that a hook computes (pruning, weight_norm).
+
+    torch copies no tensor that has a history.
+    """
+    computed = [
+        (module, name, value)
+        for module in net.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    try:
+        for module, name, value in computed:
+            vars(module)[name] = value.detach()
+        return copy.deepcopy(net)
+    finally:
+        for module, name, value in computed:
+            vars(module)[name] = value
+
+
+def prepare(
+    net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], qconfig_of: QConfigOf
+) -> Quantization:
+    """Fake-quantize ``net`` in place, by a plan of one pass in evaluation mode.
+
+    Args:
+        net: any network in float, or one that has been prepared before: known ranges stay.
+        args, kwargs: what it is called with.
+        qconfig_of: the scheme of a layer, by its name; None = in float.
+
+    Raises:
+        UserError: the inputs do not fit; a weight is computed from the input; the network goes on
+            with a tensor that a layer or a sum has changed in place.
+    """
+    quantization = attach(net)
+    modes = {module: module.training for module in net.modules()}
+    generator = torch.random.get_rng_state()
+    net.eval()
+    try:
+        recorder = Recorder(net, quantization.path)
+        output = _run(quantization, recorder, args, kwargs)
+        quantization.build(make_plan(recorder, qconfig_of))
+        quantization._is_identity = True
+        again = _run(quantization, Quantize(quantization), args, kwargs)
+    finally:
+        quantization._is_identity = False
+        torch.random.set_rng_state(generator)
+        for module, training in modes.items():
+            module.training = training
+    for before, after in zip(tensors(output), tensors(again), strict=True):
+        if not torch.allclose(before.float(), after.float(), rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise UserError(
+                f"{type(net).__name__} changes a tensor in place and goes on with it under another "
+                "name, as in `x.add_(y)` without `x =`: fake quantization would be lost there. "
+                "Write `x = x + y`."
+            )
+    quantization.is_ready = not quantization.unobserved()
+    return quantization
+
+
+def _run(quantization: Quantization, mode: Any, args: Any, kwargs: Any) -> Any:
+    forward: Any = quantization.net.forward
+    quantization.path[:] = [""]
+    try:
+        with torch.no_grad(), mode:
+            return forward.original(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{type(quantization.net).__name__} cannot be run on its example inputs: {error}. Give "
+            "the callback `example_inputs=` that the network takes."
+        ) from error
+    finally:
+        quantization.path[:] = []
+
+
+_CHANGES = (
+    "which it did not call when the network was prepared: a network that calls other layers from "
+    "step to step has no one INT8 model. Point `target` at a part that always runs the same "
+    "layers, or give `example_inputs` of the kind that it is used with."
+)

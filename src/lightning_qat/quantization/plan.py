@@ -1,0 +1,393 @@
+"""The plan: where a network is fake-quantized, from one recorded forward pass.
+
+A layer (convolution or linear) takes integers: its input is quantized where nothing before it has
+been. Its output is quantized behind the batch-norm and the ReLU that follow, because integer
+kernels round there once. A sum of two values takes and gives integers, too. Functions that only
+move values keep the scale.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_qat.errors import UserError
+from lightning_qat.quantization.calls import (
+    CLAMPS,
+    CONVOLUTIONS,
+    LAYERS,
+    SAME_VALUES,
+    SUMS,
+    TRANSPOSED,
+    Calls,
+    layer_arguments,
+    tensors,
+)
+from lightning_qat.quantization.qconfig import QConfig
+
+QConfigOf = Callable[[str], "QConfig | None"]
+
+
+@dataclass
+class Call:
+    """The quantization of one call.
+
+    Attributes:
+        layer: the name that users know it by; "" where it belongs to another call.
+        kind: ``layer``, ``sum``, ``norm`` (a batch-norm behind a layer) or ``clamp``.
+        inputs: the fake-quantizer of each input that is quantized here, by position.
+        again: the same for inputs that have been quantized before.
+        output: the fake-quantizer of the output.
+        steps: of a layer or a sum: the fake-quantizer at the end of its chain.
+        follows: the first call of the chain that ends here; "" = this is not the end of a chain.
+        norm: of a layer: the call of the batch-norm that follows.
+        norm_tensors: names of the batch-norm's weight and running variance, and its eps, where
+            weights have one scale and are quantized with batch-norm folded in.
+        weight: of a layer: its weight's fake-quantizer.
+        axis: of a layer: the axis of the output channels in its weight.
+        multiply_adds: of a layer, for one sample.
+    """
+
+    layer: str = ""
+    kind: str = ""
+    inputs: dict[int, str] = field(default_factory=dict)
+    again: dict[int, str] = field(default_factory=dict)
+    output: str = ""
+    steps: str = ""
+    follows: str = ""
+    norm: str = ""
+    norm_tensors: list[Any] = field(default_factory=list)
+    weight: str = ""
+    axis: int = 0
+    multiply_adds: int = 0
+
+
+@dataclass
+class Plan:
+    """The calls to quantize, by site, and the schemes of the fake-quantizers, by name.
+
+    Attributes:
+        activations: the scheme of each fake-quantizer of activations.
+        weights: of each fake-quantizer of weights: scheme, axis of the output channels, their number.
+        known: the sites of all layers of the recorded pass.
+        in_float: the layers that stay in float: the reason.
+        float_work: multiply-adds of what stays in float, by name, for one sample.
+    """
+
+    calls: dict[str, Call] = field(default_factory=dict)
+    activations: dict[str, QConfig] = field(default_factory=dict)
+    weights: dict[str, tuple[QConfig, int, int]] = field(default_factory=dict)
+    known: list[str] = field(default_factory=list)
+    in_float: dict[str, str] = field(default_factory=dict)
+    float_work: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dictionaries, lists, strings and numbers."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "Plan":
+        """Read what ``to_dict`` made."""
+        return cls(
+            calls={site: Call(**call) for site, call in plain["calls"].items()},
+            activations={k: QConfig(**q) for k, q in plain["activations"].items()},
+            weights={k: (QConfig(**q), *axis) for k, (q, *axis) in plain["weights"].items()},
+            known=list(plain["known"]),
+            in_float=dict(plain["in_float"]),
+            float_work=dict(plain["float_work"]),
+        )
+
+    def integer_share(self) -> float:
+        """Return the share of the multiply-adds, 0..1, that integer kernels do."""
+        integer = sum(call.multiply_adds for call in self.calls.values())
+        return integer / max(1, integer + sum(self.float_work.values()))
+
+
+@dataclass
+class _Record:
+    """One recorded call; values are numbers of tensors."""
+
+    site: str
+    path: str
+    function: Any
+    inputs: list[int]
+    outputs: list[int]
+    shapes: list[torch.Size]
+    output_shape: torch.Size | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Recorder(Calls):
+    """Records the calls of one forward pass, and which values depend on the network's input."""
+
+    def __init__(self, net: nn.Module, path: list[str]) -> None:
+        super().__init__(path)
+        self.records: list[_Record] = []
+        self._numbers: dict[int, int] = {}
+        self._kept: list[Tensor] = []  # an id is unique as long as its tensor lives
+        self.depends: dict[int, bool] = {}
+        names = dict(net.named_parameters(remove_duplicate=False))
+        names |= dict(net.named_buffers(remove_duplicate=False))
+        self.names = {id(tensor): name for name, tensor in names.items() if tensor is not None}
+
+    def number(self, tensor: Tensor, new: bool = False) -> int:
+        """Return the number of a value; an operation in place makes a new one."""
+        if new or id(tensor) not in self._numbers:
+            number = len(self._kept)
+            self._numbers[id(tensor)] = number
+            self._kept.append(tensor)
+            # what no function here has made comes from the input, if it is no parameter
+            self.depends[number] = id(tensor) not in self.names
+        return self._numbers[id(tensor)]
+
+    def call(self, site: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute and record."""
+        operands = tensors((args, kwargs))
+        inputs = [self.number(x) for x in operands]
+        output = function(*args, **kwargs)
+        results = tensors(output)
+        outputs = [self.number(x, new=True) for x in results]
+        for number in outputs:
+            self.depends[number] = any(self.depends[i] for i in inputs)
+        self.records.append(
+            _Record(
+                site, self.path[-1] if self.path else "", function, inputs, outputs,
+                [x.shape for x in operands], results[0].shape if results else None, args, kwargs,
+            )  # fmt: skip
+        )
+        return output
+
+
+def make_plan(recorder: Recorder, qconfig_of: QConfigOf) -> Plan:
+    """Plan the quantization of a recorded pass.
+
+    Args:
+        recorder: after the pass.
+        qconfig_of: the scheme of a layer, by its name; None = in float.
+
+    Raises:
+        UserError: a layer's weight is computed from the network's input.
+    """
+    return _Planner(recorder, qconfig_of).plan
+
+
+class _Planner:
+    def __init__(self, recorder: Recorder, qconfig_of: QConfigOf) -> None:
+        self.recorder, self.records = recorder, recorder.records
+        self.qconfig_of = qconfig_of
+        self.plan = Plan()
+        self.users: dict[int, list[int]] = collections.defaultdict(list)
+        for index, record in enumerate(self.records):
+            for value in record.inputs:
+                self.users[value].append(index)
+        self.layers: dict[int, str] = {}  # record -> name
+        self.schemes: dict[int, QConfig] = {}  # record of a layer or a sum -> scheme
+        # value -> its fake-quantizer, and True where the value itself was fake-quantized
+        self.quantized: dict[int, tuple[str, bool]] = {}
+        self.ends: dict[int, tuple[str, str]] = {}  # last record of a chain -> quantizer, first
+        self.producers: dict[str, QConfig] = {}  # fake-quantizer -> scheme of what it serves
+        self.consumers: dict[str, list[int]] = collections.defaultdict(list)
+        self._name_layers()
+        first, last = self._ends_of_network()
+        for index, record in enumerate(self.records):
+            self._carry_scale(record)
+            if index in self.schemes:
+                self._quantize_inputs(index)
+                self._follow_chain(index)
+            if index in self.ends:
+                name, site = self.ends[index]
+                call = self._call(record)
+                call.output, call.follows = name, site
+                call.kind = call.kind or "clamp"
+                self.quantized[record.outputs[0]] = (name, True)
+        self._choose_bits(first, last)
+
+    def _call(self, record: _Record) -> Call:
+        return self.plan.calls.setdefault(record.site, Call())
+
+    def _name_layers(self) -> None:
+        taken: collections.Counter[str] = collections.Counter()
+        weights: dict[int, str] = {}
+        for index, record in enumerate(self.records):
+            if record.function in LAYERS and record.outputs:
+                self._name_layer(index, record, weights)
+            elif record.function in SUMS and self._is_sum(record):
+                base = f"{record.path}.add" if record.path else "add"
+                number = taken[base]
+                taken[base] += 1
+                name = base if not number else f"{base}_{number}"
+                scheme = self.qconfig_of(name)
+                if scheme is not None:
+                    self.schemes[index], self.layers[index] = scheme, name
+            elif record.function in _PRODUCTS and record.output_shape is not None:
+                work = record.output_shape.numel() * record.shapes[0][-1] // _samples(record)
+                name = f"{record.path}.{record.function.__name__}"
+                self.plan.float_work[name] = self.plan.float_work.get(name, 0) + work
+
+    def _name_layer(self, index: int, record: _Record, weights: dict[int, str]) -> None:
+        x, weight, *_ = layer_arguments(record.args, record.kwargs)
+        value = self.recorder.number(weight)
+        parameter = self.recorder.names.get(id(weight), "")
+        name = parameter.rpartition(".weight")[0] if parameter.endswith(".weight") else ""
+        if not name:
+            owned = [n for v, n in weights.items() if n.startswith(record.path) and v != value]
+            name = record.path if record.path not in owned else f"{record.path}.{len(owned)}"
+            name = weights.get(value, name) or record.function.__name__
+        weights[value] = name
+        self.plan.known.append(record.site)
+        work = _multiply_adds(record, x, weight)
+        scheme = self.qconfig_of(name)
+        if scheme is None or not x.is_floating_point() or not self.recorder.depends[record.inputs[0]]:
+            reason = "as overrides ask" if scheme is None else "its input is a constant"
+            self.plan.in_float[name] = reason
+            self.plan.float_work[name] = self.plan.float_work.get(name, 0) + work
+            return
+        if self.recorder.depends[value]:
+            raise UserError(
+                f"the weight of {name!r} ({record.function.__name__}) is computed from the "
+                "network's input, so it has no scale that training could fix. Keep it in float: "
+                f"overrides={{{name!r}: None}}."
+            )
+        self.layers[index], self.schemes[index] = name, scheme
+        call = self._call(record)
+        call.layer, call.kind, call.multiply_adds = name, "layer", work
+        call.axis = int(record.function in TRANSPOSED)
+        call.weight = parameter or f"{name}.weight"
+        self.plan.weights[call.weight] = (scheme, call.axis, weight.shape[call.axis])
+
+    def _is_sum(self, record: _Record) -> bool:
+        return (
+            len(record.inputs) == 2
+            and record.shapes[0] == record.shapes[1]
+            and len(record.shapes[0]) > 2
+            and not record.kwargs
+            and all(self.recorder.depends[value] for value in record.inputs)
+            and all(x.is_floating_point() for x in tensors(record.args))
+        )
+
+    def _ends_of_network(self) -> tuple[set[int], set[int]]:
+        """Return the records of layers before which, and after which, there is no other layer."""
+        behind: set[int] = set()  # values behind a layer
+        first: set[int] = set()
+        for index, record in enumerate(self.records):
+            is_layer = record.function in LAYERS
+            after = any(value in behind for value in record.inputs)
+            if is_layer and not after:
+                first.add(index)
+            if is_layer or after:
+                behind.update(record.outputs)
+        before: set[int] = set()  # values before a layer
+        last: set[int] = set()
+        for index in reversed(range(len(self.records))):
+            record = self.records[index]
+            is_layer = record.function in LAYERS
+            leads = any(value in before for value in record.outputs)
+            if is_layer and not leads:
+                last.add(index)
+            if is_layer or leads:
+                before.update(record.inputs)
+        return first, last
+
+    def _carry_scale(self, record: _Record) -> None:
+        if record.function in SAME_VALUES and record.inputs and record.inputs[0] in self.quantized:
+            name, _ = self.quantized[record.inputs[0]]
+            self.quantized.update(dict.fromkeys(record.outputs, (name, True)))
+
+    def _quantize_inputs(self, index: int) -> None:
+        record, call = self.records[index], self._call(self.records[index])
+        call.layer, call.kind = self.layers[index], call.kind or "sum"
+        is_layer = call.kind == "layer"
+        for position, value in enumerate(record.inputs[: 1 if is_layer else 2]):
+            name, made = self.quantized.setdefault(value, (f"{record.site}:in{position}", False))
+            (call.again if made else call.inputs)[position] = name
+            self.producers.setdefault(name, self.schemes[index])
+            if is_layer:
+                self.consumers[name].append(index)
+
+    def _follow_chain(self, index: int) -> None:
+        record, call = self.records[index], self._call(self.records[index])
+        last = index
+        while True:
+            users = self.users[self.records[last].outputs[0]]
+            if len(users) != 1:
+                break
+            following = self.records[users[0]]
+            if not following.inputs or following.inputs[0] != self.records[last].outputs[0]:
+                break
+            if call.kind == "layer" and last == index and self._is_foldable(record, following):
+                call.norm = following.site
+                self._call(following).kind = "norm"
+                self._remember_norm(call, following, index)
+            elif following.function not in CLAMPS:
+                break
+            last = users[0]
+            if following.function in CLAMPS:
+                break
+        leaves = not self.users[self.records[last].outputs[0]]
+        if leaves and record.function not in CONVOLUTIONS:
+            return  # a linear layer or a sum that the network returns has a float output
+        call.steps = f"{record.site}:out"
+        self.producers[call.steps] = self.schemes[index]
+        self.ends[last] = (call.steps, record.site)
+
+    def _is_foldable(self, layer: _Record, norm: _Record) -> bool:
+        if norm.function is not F.batch_norm:
+            return False
+        bound = dict(zip(_NORM_ARGUMENTS, norm.args, strict=False)) | norm.kwargs
+        if bound.get("running_mean") is None:
+            return False
+        # the groups of a transposed convolution share the output axis of its weight
+        _, weight, *_ = layer_arguments(layer.args, layer.kwargs)
+        axis = int(layer.function in TRANSPOSED)
+        return weight.shape[axis] == len(bound["running_mean"])
+
+    def _remember_norm(self, call: Call, norm: _Record, index: int) -> None:
+        if self.schemes[index].per_channel:
+            return
+        bound = dict(zip(_NORM_ARGUMENTS, norm.args, strict=False)) | norm.kwargs
+        named = [self.recorder.names.get(id(bound.get(x)), "") for x in ("weight", "running_var")]
+        call.norm_tensors = [*named, float(bound.get("eps", 1e-5))]
+
+    def _choose_bits(self, first: set[int], last: set[int]) -> None:
+        for site_index, scheme in self.schemes.items():
+            call = self.plan.calls[self.records[site_index].site]
+            if call.kind == "layer" and scheme.wide_ends and site_index in first | last:
+                channels = self.plan.weights[call.weight][2]
+                self.plan.weights[call.weight] = (scheme.wide, call.axis, channels)
+        for name, scheme in self.producers.items():
+            readers = self.consumers[name]
+            own = [self.schemes[i] for i in readers]
+            narrow = [
+                q for i, q in zip(readers, own, strict=True)
+                if not (q.wide_ends and i in first | last)
+            ]  # fmt: skip
+            # the input of a layer has the bits of that layer; the most where several read it
+            widest = max(narrow, key=lambda q: q.activation_bits, default=None)
+            is_narrow = widest is not None and len(narrow) == len(readers)
+            self.plan.activations[name] = widest if is_narrow else (own or [scheme])[0].wide
+
+
+_NORM_ARGUMENTS = (
+    "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps",
+)  # fmt: skip
+_PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__}
+
+
+def _samples(record: _Record) -> int:
+    return max(1, record.shapes[0][0] if record.shapes[0] else 1)
+
+
+def _multiply_adds(record: _Record, x: Tensor, weight: Tensor) -> int:
+    assert record.output_shape is not None
+    samples = _samples(record) if x.ndim > 1 else 1
+    if record.function is F.linear:
+        return record.output_shape.numel() * weight.shape[1] // samples
+    per_value = weight.numel() // weight.shape[0]
+    values = x if record.function in TRANSPOSED else record.output_shape
+    return (values.numel() * per_value) // samples
