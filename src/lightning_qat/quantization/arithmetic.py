@@ -109,7 +109,8 @@ class Quantize(Calls):
         scale, zero_point = owner.numbers[name]
         limits = owner.activation(name).limits
         signed = owner.plan.activations[name].signed
-        integers = _OPS.quantize(x.float(), scale, zero_point, *limits, signed)
+        x = x if x.dtype == torch.float32 else x.float()
+        integers = _OPS.quantize(x, scale, zero_point, *limits, signed)
         return _OPS.dequantize(integers, scale, zero_point)
 
     def _inputs(self, call: Call, operands: list[Tensor]) -> list[Tensor]:
