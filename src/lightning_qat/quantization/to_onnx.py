@@ -43,7 +43,7 @@ def to_onnx(
     Raises:
         UserError: the example does not fit, or none is known; the network has no scales yet.
     """
-    model = _quantized(model)
+    model = with_quantized_networks(model)
     if not args and not kwargs:
         args, kwargs = _recorded(model)
     forward: Any = model.forward
@@ -80,7 +80,7 @@ def program_of(
             module.training = training
 
 
-def _quantized(model: nn.Module) -> nn.Module:
+def with_quantized_networks(model: nn.Module) -> nn.Module:
     """Return ``model`` with the quantized network in place of each INT8 model."""
     sources = {
         id(module): module.meta["source"]  # type: ignore[index]
