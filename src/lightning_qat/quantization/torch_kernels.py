@@ -205,7 +205,7 @@ class _Translation:
         """Return prefix and module of the parent of ``name``, and a last part that is free."""
         *parents, last = name.split(".")
         if hasattr(Int8Model, name.split(".")[0]):  # such as `graph`
-            *parents, last = f"_{name}".split(".")
+            *parents, last = f"layer_{name}".split(".")
         module = self.root
         for part in parents:
             if not hasattr(module, part):

@@ -108,6 +108,10 @@ class FloatLayer(nn.Module):
     integers: Tensor
     scale: Tensor
     bias: Tensor | None
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    output_padding: list[int]
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
