@@ -63,7 +63,7 @@ def integer_module(
     with quantized_engine(engine):
         if layer.kind == "linear":
             make = FloatOutputLinear if output is None else _MODULES["linear"][relu]
-            module = make(columns, rows, bias_=has_bias)
+            module = make(columns, rows, has_bias)
         else:
             settings = {
                 "kernel_size": layer.kernel_size, "stride": layer.stride,
