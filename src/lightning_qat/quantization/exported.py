@@ -1,0 +1,181 @@
+"""Export a network with torch.export, and compute once what depends on no input."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.utils import _pytree as pytree
+
+from lightning_qat.quantization import ops
+
+_ATEN = torch.ops.aten
+_WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+_QAT = getattr(torch.ops, ops.NAMESPACE)
+_KEPT = (_QAT.dequantize.default, _QAT.dequantize_per_channel.default)  # kernels read integers
+
+
+def export_program(
+    network: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic: Literal["batch", "size"] = "batch",
+) -> ExportedProgram:
+    """Export ``network`` for any batch size, with its constants computed.
+
+    The batch size is that of the first tensor in ``args`` and ``kwargs``, at dimension 0. The same
+    size at dimension 0 of another tensor is the batch, too. Where the network does not permit
+    another batch size, or another image size, a warning says so and the size is fixed.
+
+    Args:
+        network: in evaluation mode.
+        args: the positional arguments of an example, with tensors at any depth.
+        kwargs: its keyword arguments.
+        dynamic: ``"size"`` also leaves height and width free: the last two dimensions of each
+            tensor of four dimensions or more.
+    """
+    args, kwargs = pytree.tree_map_only(Tensor, _two_samples(args, kwargs), (args, kwargs))
+    shapes = torch.export.ShapesCollection()
+    inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim]
+    for x in inputs:
+        free = [0] if x.shape[0] == inputs[0].shape[0] else []
+        if dynamic == "size" and x.ndim >= 4:
+            free += [x.ndim - 2, x.ndim - 1]
+        shapes[x] = dict.fromkeys(free, Dim.AUTO)
+    with torch.no_grad():
+        try:
+            program = torch.export.export(
+                network, args, kwargs, dynamic_shapes=shapes, strict=False
+            )
+        except Exception as error:  # torch raises errors of many types for what it cannot express
+            warnings.warn(
+                "The exported network takes only the shapes of the example inputs. torch.export "
+                f"cannot express other shapes: {str(error).strip().splitlines()[0]}",
+                stacklevel=2,
+            )
+            program = torch.export.export(network, args, kwargs, strict=False)
+        else:
+            _warn_of_fixed_sizes(program, inputs, shapes)
+    fold_constants(program)
+    return program
+
+
+def _two_samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """Give a function that repeats a batch of one: torch.export takes a size of one as fixed."""
+    first = next((x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)), None)
+    if first is None or not first.ndim or first.shape[0] != 1:
+        return lambda x: x.detach().clone()  # the same tensor may not come twice
+    return lambda x: torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x.detach().clone()
+
+
+def _warn_of_fixed_sizes(
+    program: ExportedProgram, inputs: list[Tensor], shapes: torch.export.ShapesCollection
+) -> None:
+    names = set(program.graph_signature.user_inputs)
+    nodes = [node for node in program.graph.nodes if node.name in names]
+    values = [v for node in nodes if isinstance(v := node.meta.get("val"), Tensor) and v.ndim]
+    fixed = {
+        "batch size" if dimension == 0 else "image size"
+        for x, value in zip(inputs, values, strict=True)
+        for dimension in shapes[x]
+        if isinstance(value.shape[dimension], int)
+    }
+    if fixed:
+        warnings.warn(
+            f"The exported network takes only the {' and '.join(sorted(fixed))} of the example "
+            "inputs: its forward depends on that number.",
+            stacklevel=3,
+        )
+
+
+def fold_constants(program: ExportedProgram) -> None:
+    """Compute what depends on no input, and make each result a buffer of ``program``.
+
+    The dequantize operators of weights stay.
+    """
+    graph, signature = program.graph_module.graph, program.graph_signature
+    for node in list(graph.nodes):
+        if node.target is _ATEN._assert_tensor_metadata.default:
+            graph.erase_node(node)
+    stored = {**program.state_dict, **program.constants}
+    values = _constants(program, stored)
+    first = next(iter(graph.nodes))
+    added: list[InputSpec] = []
+    for node in [n for n in values if n.op == "call_function"]:
+        if isinstance(values[node], Tensor) and any(user not in values for user in node.users):
+            name = f"constant_{len(added)}"
+            with graph.inserting_before(first):
+                placeholder = graph.placeholder(name)
+            placeholder.meta = {"val": node.meta["val"]}
+            node.replace_all_uses_with(placeholder, lambda user: user not in values)
+            program.state_dict[name] = values[node].clone(memory_format=torch.contiguous_format)
+            argument = TensorArgument(placeholder.name)
+            added.append(InputSpec(InputKind.BUFFER, argument, name, persistent=True))
+    for node in reversed(list(graph.nodes)):
+        if node in values and not node.users:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    left = {node.name for node in graph.nodes if node.op == "placeholder"}
+    signature.input_specs[:] = added + [s for s in signature.input_specs if s.arg.name in left]
+    for name in stored.keys() - {spec.target for spec in signature.input_specs}:
+        program.state_dict.pop(name, None)
+        program.constants.pop(name, None)
+    program.graph_module.recompile()
+
+
+def _constants(program: ExportedProgram, stored: dict[str, Any]) -> dict[fx.Node, Any]:
+    """Compute each node that depends on no input.
+
+    A tensor that an operation in place fills from the input is not constant, nor are its views.
+    Each time such a tensor is found, all begins again without it.
+    """
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    written: set[fx.Node] = set()
+    while True:
+        values: dict[fx.Node, Any] = {}
+        found: set[fx.Node] = set()
+        for node in program.graph.nodes:
+            spec = specs.get(node.name) if node.op == "placeholder" else None
+            if node in written:
+                continue
+            if spec is not None and spec.kind in _WEIGHTS and spec.target is not None:
+                values[node] = stored[spec.target].detach().clone()  # operations in place
+            elif _is_constant(node, values):
+                args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+                with torch.no_grad():
+                    values[node] = node.target(*args, **kwargs)
+            else:
+                found.update(_written_by(node, values))
+        if not found:
+            return values
+        memory = {_memory(values[node]) for node in found}
+        written.update(
+            n for n, x in values.items() if isinstance(x, Tensor) and _memory(x) in memory
+        )
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _written_by(node: fx.Node, values: dict[fx.Node, Any]) -> list[fx.Node]:
+    """Give the constants among the arguments that ``node`` changes in place."""
+    schema = getattr(node.target, "_schema", None)
+    arguments = zip(schema.arguments, node.args, strict=False) if schema is not None else ()
+    return [
+        x
+        for argument, x in arguments
+        if argument.is_write and isinstance(x, fx.Node) and isinstance(values.get(x), Tensor)
+    ]
+
+
+def _is_constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    if node.op != "call_function" or node.target in _KEPT or not callable(node.target):
+        return False
+    sources = node.all_input_nodes
+    makes_tensor = isinstance(node.meta.get("val"), Tensor | list | tuple)
+    is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return makes_tensor and not is_random and all(source in values for source in sources)
