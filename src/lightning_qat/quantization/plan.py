@@ -157,8 +157,15 @@ class Recorder(Calls):
             self.depends[number] = any(self.depends[i] for i in inputs)
         self.records.append(
             _Record(
-                site, self.path[-1] if self.path else "", function, inputs, outputs,
-                [x.shape for x in operands], results[0].shape if results else None, args, kwargs,
+                site,
+                self.path[-1] if self.path else "",
+                function,
+                inputs,
+                outputs,
+                [x.shape for x in operands],
+                results[0].shape if results else None,
+                args,
+                kwargs,
             )  # fmt: skip
         )
         return output
@@ -243,7 +250,11 @@ class _Planner:
         self.plan.known.append(record.site)
         work = _multiply_adds(record, x, weight)
         scheme = self.qconfig_of(name)
-        if scheme is None or not x.is_floating_point() or not self.recorder.depends[record.inputs[0]]:
+        if (
+            scheme is None
+            or not x.is_floating_point()
+            or not self.recorder.depends[record.inputs[0]]
+        ):
             reason = "as overrides ask" if scheme is None else "its input is a constant"
             self.plan.in_float[name] = reason
             self.plan.float_work[name] = self.plan.float_work.get(name, 0) + work
