@@ -1,10 +1,12 @@
 """Small networks that are not ours, and a LightningModule to train them in seconds."""
 
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -88,3 +90,19 @@ def images(count: int = 64, seed: int = 0) -> tuple[Tensor, Tensor]:
 def loader(seed: int = 0, scale: float = 1.0) -> DataLoader[tuple[Tensor, ...]]:
     x, labels = images(seed=seed)
     return DataLoader(TensorDataset(x * scale, labels), batch_size=16)
+
+
+def trainer_with(*callbacks: pl.Callback, folder: Path, **kwargs: Any) -> pl.Trainer:
+    return pl.Trainer(
+        **{
+            "max_epochs": 2,
+            "callbacks": list(callbacks),
+            "default_root_dir": folder,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+            **kwargs,
+        }
+    )

@@ -18,11 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_qat.errors import UserError
 from lightning_qat.quantization.calls import (
     LAYERS,
     RELUS,
-    TRANSPOSED,
     Calls,
     layer_arguments,
 )
@@ -78,6 +76,7 @@ class Quantize(Calls):
         super().__init__(owner.path)
         self.owner = owner
         self.pending: dict[str, tuple[str, _Layer]] = {}  # site of a batch-norm -> its layer
+        self.folded: set[str] = set()  # sites of batch-norms that their layer has taken in
         # first site of a chain -> its value, and the same in steps of the scale at the chain's end
         self.in_steps: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -178,6 +177,8 @@ class Quantize(Calls):
     ) -> Tensor:
         x, weight, bias, rest, others = layer_arguments(args, kwargs)
         (x,) = self._inputs(call, [x])
+        if site in self.owner.lowered:
+            return self._lowered(call, site, function, x, rest, others)
         fold = self._fold(call, weight)
 
         def trained() -> Tensor:
@@ -228,7 +229,11 @@ class Quantize(Calls):
             channels *= others.get("groups", rest[3] if len(rest) > 3 else 1)
         scale = scale.expand(channels) if scale.ndim == 0 else scale.repeat(channels // len(scale))
         layer = _Layer(call, function, x)
-        layer.operands, layer.scale, layer.integers = (x, weight, bias, rest, others), scale, integers
+        layer.operands, layer.scale, layer.integers = (
+            (x, weight, bias, rest, others),
+            scale,
+            integers,
+        )
         if fold is not None:  # the value is that of the layer alone
             scale = scale / fold.flatten()
         if self.owner.numbers is not None:
@@ -249,8 +254,10 @@ class Quantize(Calls):
     def _norm(
         self, call: Call, site: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        start, layer = self.pending.pop(site, ("", None))
         x = args[0] if args else kwargs["input"]
+        if site in self.owner.lowered:  # its layer has it folded in
+            return x
+        start, layer = self.pending.pop(site, ("", None))
         if layer is None or layer.output is not x:  # a hook has put another value in its place
             return function(*args, **kwargs)
         bound = dict(zip(_NORM, args, strict=False)) | kwargs
@@ -265,6 +272,7 @@ class Quantize(Calls):
                 bias = bias + bound["bias"]
         if layer.call.norm_tensors:  # the factor is in the integers already
             factor = None
+        self.folded.add(site)
         return self._finish(layer, start, factor, bias, lambda: function(*args, **kwargs))
 
     def _finish(
@@ -287,7 +295,14 @@ class Quantize(Calls):
             if self.owner.numbers is not None:
                 if sign is not None:
                     integers = integers * along(sign, integers.ndim, call.axis)
-                return self._lowered(layer, integers, scale, bias)
+                self._keep_integers(layer, site, integers, scale, bias)
+                return self._lowered(
+                    call,
+                    site,
+                    layer.function,
+                    *layer.operands[::3],
+                    layer.operands[4],
+                )
             assert layer.sums is not None
             total, ndim = layer.sums, layer.sums.ndim
             channel = _channel(layer.function, total, integers)
@@ -295,9 +310,7 @@ class Quantize(Calls):
             product = scale * x_scale
             if sign is not None:
                 total = total * along(sign, ndim, channel)
-            total = total + along(
-                torch.round(bias / product).clamp_(*_BIAS_LIMITS), ndim, channel
-            )
+            total = total + along(torch.round(bias / product).clamp_(*_BIAS_LIMITS), ndim, channel)
             real = total * along(product, ndim, channel)
         output = _exact(lambda: real, differentiable)
         if call.steps:
@@ -306,17 +319,25 @@ class Quantize(Calls):
                 self.in_steps[site] = output, total * along(product / step, ndim, channel)
         return output
 
-    def _lowered(self, layer: _Layer, integers: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        call = layer.call
-        x, _, _, rest, others = layer.operands
-        x_scale = self.owner.numbers[self._input_name(call)][0]
-        weight_scale = scale[: integers.shape[call.axis]]
-        weight = _OPS.dequantize_per_channel(
-            integers.to(torch.int8), weight_scale, call.axis, call.layer
-        )
-        rounded = torch.round(bias / (scale * x_scale)).clamp_(*_BIAS_LIMITS).to(torch.int32)
-        b = _OPS.dequantize_per_channel(rounded, scale * x_scale, 0, call.layer)
-        return layer.function(x, weight, b, *rest, **others)
+    def _keep_integers(
+        self, layer: _Layer, site: str, integers: Tensor, scale: Tensor, bias: Tensor
+    ) -> None:
+        """Keep a layer's integers and scales, so that an exported graph has them as constants."""
+        call, lowered = layer.call, self.owner.lowered
+        product = scale * self.owner.numbers[self._input_name(call)][0]
+        rounded = torch.round(bias / product).clamp_(*_BIAS_LIMITS).to(torch.int32)
+        weight_scale = scale[: integers.shape[call.axis]].clone()
+        lowered[site] = integers.to(torch.int8), weight_scale, rounded, product
+        if call.norm in self.folded:
+            lowered[call.norm] = ()
+
+    def _lowered(
+        self, call: Call, site: str, function: Any, x: Tensor, rest: list[Any], others: Any
+    ) -> Tensor:
+        integers, scale, rounded, product = self.owner.lowered[site]
+        weight = _OPS.dequantize_per_channel(integers, scale, call.axis, call.layer)
+        bias = _OPS.dequantize_per_channel(rounded, product, 0, call.layer)
+        return function(x, weight, bias, *rest, **others)
 
 
 _NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")

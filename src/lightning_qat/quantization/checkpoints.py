@@ -172,12 +172,12 @@ def read_checkpoint(path: str | Path, hint: str = _HINT) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}: {hint}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_stand_ins(str(path))):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen kinds for damaged files
         raise UserError(
-            f"{path} cannot be read as a checkpoint (truncated, damaged, not one that PyTorch "
-            "wrote, or with hyper-parameters that are not plain numbers, strings, lists and "
-            f"dictionaries): {found_in_file(error)}\nDelete or replace it; {hint}"
+            f"{path} cannot be read as a checkpoint (truncated, damaged, or not one that PyTorch "
+            f"wrote): {found_in_file(error)}\nDelete or replace it; {hint}"
         ) from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; {hint}")

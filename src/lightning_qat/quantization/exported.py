@@ -81,7 +81,7 @@ def _warn_of_fixed_sizes(
         "batch size" if dimension == 0 else "image size"
         for x, value in zip(inputs, values, strict=True)
         for dimension in shapes[x]
-        if isinstance(value.shape[dimension], int)
+        if str(value.shape[dimension]).isdigit()  # torch may keep a symbol that is one number
     }
     if fixed:
         warnings.warn(
@@ -92,25 +92,16 @@ def _warn_of_fixed_sizes(
 
 
 def fold_constants(program: ExportedProgram) -> None:
-    """Compute in place what depends on no input; each result becomes a buffer.
+    """Compute what depends on no input, and make each result a buffer of ``program``.
 
-    The dequantize operators of weights stay. Checks of constants go.
+    The dequantize operators of weights stay.
     """
     graph, signature = program.graph_module.graph, program.graph_signature
-    specs = {spec.arg.name: spec for spec in signature.input_specs}
-    stored = {**program.state_dict, **program.constants}
-    values: dict[fx.Node, Any] = {}
     for node in list(graph.nodes):
-        if node.op == "placeholder":
-            spec = specs[node.name]
-            if spec.kind in _WEIGHTS and spec.target is not None:
-                values[node] = stored[spec.target].detach()
-        elif node.target is _ATEN._assert_tensor_metadata.default:
+        if node.target is _ATEN._assert_tensor_metadata.default:
             graph.erase_node(node)
-        elif _is_constant(node, values):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            with torch.no_grad():
-                values[node] = node.target(*args, **kwargs)
+    stored = {**program.state_dict, **program.constants}
+    values = _constants(program, stored)
     first = next(iter(graph.nodes))
     added: list[InputSpec] = []
     for node in [n for n in values if n.op == "call_function"]:
@@ -133,6 +124,52 @@ def fold_constants(program: ExportedProgram) -> None:
         program.state_dict.pop(name, None)
         program.constants.pop(name, None)
     program.graph_module.recompile()
+
+
+def _constants(program: ExportedProgram, stored: dict[str, Any]) -> dict[fx.Node, Any]:
+    """Compute each node that depends on no input.
+
+    A tensor that an operation in place fills from the input is not constant, nor are its views.
+    Each time such a tensor is found, all begins again without it.
+    """
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    written: set[fx.Node] = set()
+    while True:
+        values: dict[fx.Node, Any] = {}
+        found: set[fx.Node] = set()
+        for node in program.graph.nodes:
+            spec = specs.get(node.name) if node.op == "placeholder" else None
+            if node in written:
+                continue
+            if spec is not None and spec.kind in _WEIGHTS and spec.target is not None:
+                values[node] = stored[spec.target].detach().clone()  # operations in place
+            elif _is_constant(node, values):
+                args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+                with torch.no_grad():
+                    values[node] = node.target(*args, **kwargs)
+            else:
+                found.update(_written_by(node, values))
+        if not found:
+            return values
+        memory = {_memory(values[node]) for node in found}
+        written.update(
+            n for n, x in values.items() if isinstance(x, Tensor) and _memory(x) in memory
+        )
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _written_by(node: fx.Node, values: dict[fx.Node, Any]) -> list[fx.Node]:
+    """Give the constants among the arguments that ``node`` changes in place."""
+    schema = getattr(node.target, "_schema", None)
+    arguments = zip(schema.arguments, node.args, strict=False) if schema is not None else ()
+    return [
+        x
+        for argument, x in arguments
+        if argument.is_write and isinstance(x, fx.Node) and isinstance(values.get(x), Tensor)
+    ]
 
 
 def _is_constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:

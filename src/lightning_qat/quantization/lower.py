@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -38,10 +39,13 @@ def lower(
     try:
         for quantization in networks:
             quantization.numbers = _numbers(quantization)
+        with torch.no_grad():
+            module(*args, **(kwargs or {}))  # keeps the integers of each layer
         return export_program(module, args, kwargs or {}, dynamic)
     finally:
         for quantization in networks:
             quantization.numbers = None
+            quantization.lowered = {}
         for x, training in modes.items():
             x.training = training
 

@@ -38,6 +38,7 @@ class Quantization(nn.Module):
         scheme: the callback's arguments, in words.
         example: positional and keyword arguments that the network takes.
         numbers: while the network is lowered: scale and zero point of each activation.
+        lowered: while the network is lowered: the integers and scales of each layer, by site.
         is_ready: True when all ranges are known. Before, evaluation is in float.
         rounding: the layers that round; None = all.
     """
@@ -51,6 +52,7 @@ class Quantization(nn.Module):
         self.scheme: dict[str, str] = {}
         self.example: Any = None
         self.numbers: dict[str, tuple[float, int]] | None = None
+        self.lowered: dict[str, tuple[Any, ...]] = {}
         self.is_ready = False
         self.rounding: set[str] | None = None
         self._observes = self._is_identity = False

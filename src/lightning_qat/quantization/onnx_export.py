@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -53,10 +54,13 @@ def export_onnx(
             output_names=output_names,
             opset_version=OPSET,
             custom_translation_table=_translations(),
+            optimize=False,  # its rewriting takes minutes for a large network
         )
-    assert exported is not None  # torch gives None only from its old exporter
+        assert exported is not None  # torch gives None only from its old exporter
+        _simplify(exported.model)
     proto = exported.model_proto
     _strip(proto)
+    _name_dimensions(proto.graph)
     optimize(proto)
     onnx.checker.check_model(proto, full_check=True)
     return proto
@@ -76,6 +80,23 @@ def _silence() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _simplify(model: Any) -> None:
+    """Compute what is constant, and keep one of equal values."""
+    import onnxscript.optimizer
+    from onnx_ir.passes import common
+
+    common.InlinePass()(model)
+    for _ in range(2):  # the second round sees the shapes that the first one has found
+        onnxscript.optimizer.fold_constants(model)
+    for simplify in (
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+    ):
+        simplify(model)
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -110,12 +131,49 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         zero_points = constant(np.zeros(scale.shape.numpy()), integers.dtype.numpy())
         return op.DequantizeLinear(integers, scale, zero_points, axis=axis)
 
+    def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+        rank = len(x.shape)
+        rows = x if rank == 2 else op.Reshape(x, constant([-1, x.shape[-1]], np.int64))
+        inputs = (rows, weight) if bias is None else (rows, weight, bias)
+        y = op.Gemm(*inputs, transB=1)
+        if rank == 2:
+            return y
+        sizes = [d if isinstance(d, int) else -1 for d in (*x.shape[:-1], weight.shape[0])]
+        if sizes.count(-1) <= 1:
+            return op.Reshape(y, constant(sizes, np.int64))
+        leading = op.Shape(x, end=-1)
+        return op.Reshape(y, op.Concat(leading, constant([sizes[-1]], np.int64), axis=0))
+
     operators = getattr(torch.ops, ops.NAMESPACE)
     return {
         operators.quantize.default: quantize,
         operators.dequantize.default: dequantize,
         operators.dequantize_per_channel.default: dequantize_per_channel,
+        torch.ops.aten.linear.default: linear,
     }
+
+
+def _name_dimensions(graph: "onnx.GraphProto") -> None:
+    """Call the free dimensions of inputs ``batch``, ``height`` and ``width``."""
+    names: dict[str, str] = {}
+    for value in graph.input:
+        dimensions = value.type.tensor_type.shape.dim
+        for position, dimension in enumerate(dimensions):
+            if position == 0:
+                name = "batch"
+            elif len(dimensions) >= 4 and position >= len(dimensions) - 2:
+                name = "height" if position == len(dimensions) - 2 else "width"
+            else:
+                continue
+            if dimension.dim_param and dimension.dim_param not in names:
+                taken = sum(x.startswith(name) for x in names.values()) if position else 0
+                names[dimension.dim_param] = f"{name}_{taken}" if taken else name
+    for value in (*graph.input, *graph.output):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param:  # an expression of several symbols
+                dimension.dim_param = re.sub(
+                    r"\w+", lambda found: names.get(found[0], found[0]), dimension.dim_param
+                )
 
 
 def _strip(proto: "onnx.ModelProto") -> None:

@@ -14,6 +14,7 @@ def optimize(proto: onnx.ModelProto) -> None:
     """Apply all passes in place."""
     _quantize_once(proto.graph)
     _fold_pads(proto.graph)
+    _fix_reshapes(proto.graph)
     _remove_unused(proto.graph)
     _crop_kernels(proto)
     _separate_zero_points(proto.graph)
@@ -143,6 +144,34 @@ def _add_pads(node: onnx.NodeProto, pads: list[int]) -> bool:
         return False
     own[:] = [a + b for a, b in zip(own, pads, strict=True)]
     return True
+
+
+def _fix_reshapes(graph: onnx.GraphProto) -> None:
+    """Write -1 for the only size of a Reshape that is computed from the input's shape."""
+    values = _Values(graph)
+    for node in graph.node:
+        concat = values.producer(node.input[1], "Concat") if node.op_type == "Reshape" else None
+        if concat is None:
+            continue
+        sizes: list[int] = []
+        for name in concat.input:
+            constant = values.constant(name)
+            if constant is not None:
+                sizes += [int(x) for x in constant]
+            elif _is_one_number(name, values):
+                sizes.append(-1)
+            else:
+                sizes += [-1, -1]  # of unknown length
+        if sizes.count(-1) == 1 and 0 not in sizes:
+            weight = numpy_helper.from_array(np.array(sizes), f"{node.output[0]}_shape")
+            graph.initializer.append(weight)
+            node.input[1] = weight.name
+
+
+def _is_one_number(name: str, values: _Values) -> bool:
+    reshape = values.producer(name, "Reshape")
+    shape = None if reshape is None else values.constant(reshape.input[1])
+    return shape is not None and shape.size == 1 and shape[0] in (1, -1)
 
 
 def _remove_unused(graph: onnx.GraphProto) -> None:

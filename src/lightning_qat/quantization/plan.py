@@ -2,8 +2,8 @@
 
 A layer (convolution or linear) takes integers: its input is quantized where nothing before it has
 been. Its output is quantized behind the batch-norm and the ReLU that follow, because integer
-kernels round there once. A sum of two values takes and gives integers, too. Functions that only
-move values keep the scale.
+kernels round there once; a linear layer may give floats. A sum of two values of which one has been
+rounded takes and gives integers, too. Functions that only move values keep the scale.
 """
 
 import collections
@@ -157,8 +157,15 @@ class Recorder(Calls):
             self.depends[number] = any(self.depends[i] for i in inputs)
         self.records.append(
             _Record(
-                site, self.path[-1] if self.path else "", function, inputs, outputs,
-                [x.shape for x in operands], results[0].shape if results else None, args, kwargs,
+                site,
+                self.path[-1] if self.path else "",
+                function,
+                inputs,
+                outputs,
+                [x.shape for x in operands],
+                results[0].shape if results else None,
+                args,
+                kwargs,
             )  # fmt: skip
         )
         return output
@@ -197,7 +204,7 @@ class _Planner:
         first, last = self._ends_of_network()
         for index, record in enumerate(self.records):
             self._carry_scale(record)
-            if index in self.schemes:
+            if index in self.schemes and self._is_worth_rounding(record):
                 self._quantize_inputs(index)
                 self._follow_chain(index)
             if index in self.ends:
@@ -243,7 +250,11 @@ class _Planner:
         self.plan.known.append(record.site)
         work = _multiply_adds(record, x, weight)
         scheme = self.qconfig_of(name)
-        if scheme is None or not x.is_floating_point() or not self.recorder.depends[record.inputs[0]]:
+        if (
+            scheme is None
+            or not x.is_floating_point()
+            or not self.recorder.depends[record.inputs[0]]
+        ):
             reason = "as overrides ask" if scheme is None else "its input is a constant"
             self.plan.in_float[name] = reason
             self.plan.float_work[name] = self.plan.float_work.get(name, 0) + work
@@ -299,6 +310,24 @@ class _Planner:
             name, _ = self.quantized[record.inputs[0]]
             self.quantized.update(dict.fromkeys(record.outputs, (name, True)))
 
+    def _is_worth_rounding(self, record: _Record) -> bool:
+        """Return True for layers, and for sums of something that has been rounded already.
+
+        A sum of floats, as in transformers, is faster and more accurate in float.
+        """
+        made = (self.quantized.get(value, ("", False))[1] for value in record.inputs)
+        return record.function in LAYERS or any(made)
+
+    def _is_read_by_layer(self, value: int) -> bool:
+        for index in self.users[value]:
+            record = self.records[index]
+            if record.function in LAYERS and index in self.layers:
+                return True
+            moves = record.function in SAME_VALUES
+            if moves and any(self._is_read_by_layer(x) for x in record.outputs):
+                return True
+        return False
+
     def _quantize_inputs(self, index: int) -> None:
         record, call = self.records[index], self._call(self.records[index])
         call.layer, call.kind = self.layers[index], call.kind or "sum"
@@ -329,9 +358,11 @@ class _Planner:
             last = users[0]
             if following.function in CLAMPS:
                 break
-        leaves = not self.users[self.records[last].outputs[0]]
-        if leaves and record.function not in CONVOLUTIONS:
-            return  # a linear layer or a sum that the network returns has a float output
+        value = self.records[last].outputs[0]
+        if record.function is F.linear and not self._is_read_by_layer(value):
+            return  # its integer kernel gives floats as fast
+        if not self.users[value] and record.function not in CONVOLUTIONS:
+            return  # the network returns it
         call.steps = f"{record.site}:out"
         self.producers[call.steps] = self.schemes[index]
         self.ends[last] = (call.steps, record.site)
@@ -356,7 +387,7 @@ class _Planner:
 
     def _choose_bits(self, first: set[int], last: set[int]) -> None:
         for site_index, scheme in self.schemes.items():
-            call = self.plan.calls[self.records[site_index].site]
+            call = self.plan.calls.get(self.records[site_index].site, Call())
             if call.kind == "layer" and scheme.wide_ends and site_index in first | last:
                 channels = self.plan.weights[call.weight][2]
                 self.plan.weights[call.weight] = (scheme.wide, call.axis, channels)

@@ -1,0 +1,120 @@
+"""The INT8 model of torch's integer kernels, and TorchScript of it."""
+
+import copy
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.graph import CodeGen
+from torch.fx.graph_module import reduce_graph_module
+
+from lightning_qat.errors import UserError
+
+
+@contextmanager
+def quantized_engine(engine: str) -> Iterator[None]:
+    """Let torch pack and load quantized weights for ``engine``, which is global in torch."""
+    previous, torch.backends.quantized.engine = torch.backends.quantized.engine, engine
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = previous
+
+
+class Int8Model(fx.GraphModule):
+    """A network with torch's integer kernels, on the CPU, in eval mode.
+
+    Input and output are those of the float network. ``meta["in_float"]`` maps the name of each
+    layer without an integer kernel to the reason.
+    """
+
+    __jit_unused_properties__ = [*fx.GraphModule.__jit_unused_properties__, "engine"]  # noqa: RUF012
+
+    @property
+    def engine(self) -> str:
+        """The quantized engine of torch that its weights are packed for."""
+        return self.meta["engine"]
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        with quantized_engine(self.engine):  # torch packs the weights of the copy anew
+            return super().__deepcopy__(memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        graph = copy.deepcopy(self.graph)
+        graph.set_codegen(CodeGen())  # torch traces the code anew, and cannot trace nested inputs
+        flat = fx.GraphModule(self, graph)
+        _, (body, imports) = fx.GraphModule.__reduce__(flat)[:2]
+        data = io.BytesIO()
+        torch.save((body, imports, self.meta, self.graph._codegen), data)
+        return _load, (self.engine, data.getvalue())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Int8Model":
+        """Convert or move tensors, as ``to``, ``cuda`` and their like do.
+
+        Raises:
+            UserError: the model would leave the CPU.
+        """
+        device = fn(torch.zeros(())).device
+        if device.type != "cpu":
+            raise UserError(
+                f"an INT8 model cannot go to {device}: torch has its integer kernels for the CPU "
+                "only. Keep it there, and use the fake-quantized network on the GPU."
+            )
+        return super()._apply(fn, recurse)
+
+
+def _load(engine: str, data: bytes) -> Int8Model:
+    with quantized_engine(engine):
+        body, imports, meta, codegen = torch.load(io.BytesIO(data), weights_only=False)
+    for module in body["_modules"].values():
+        _complete(module)
+    flat: Any = reduce_graph_module(body, imports)
+    flat.graph.set_codegen(codegen)
+    model = Int8Model(flat, flat.graph)
+    model.meta = meta
+    return model.eval()
+
+
+def _complete(module: nn.Module) -> None:
+    """Add what ``__setstate__`` of torch's quantized convolutions forgets."""
+    if "_modules" not in vars(module):
+        state = dict(vars(module))
+        nn.Module.__init__(module)
+        vars(module).update(state)
+    for child in module.children():
+        _complete(child)
+
+
+def torch_script(model: nn.Module) -> torch.jit.ScriptModule:
+    """Return ``model`` scripted and frozen: weights become constants.
+
+    torch keeps the code of whatever it scripts as long as the process lives, and freezing puts the
+    weights into it. The code of a loaded script is freed with its last user: that is frozen here.
+
+    Args:
+        model: an Int8Model, or a module around some, whose inputs are tensors.
+    """
+    _forget_freed_operators(model)
+    scripted = io.BytesIO()
+    torch.jit.save(torch.jit.script(model.eval()), scripted)
+    scripted.seek(0)
+    engines = {net.engine for net in model.modules() if isinstance(net, Int8Model)}
+    with quantized_engine(engines.pop() if engines else torch.backends.quantized.engine):
+        return torch.jit.freeze(torch.jit.load(scripted))
+
+
+def _forget_freed_operators(model: nn.Module) -> None:
+    """Take from torch's list of operators the addresses at which ``model`` has something else.
+
+    The list keeps addresses of operators that are freed when torch.library adds to them. In one
+    run in dozens (torch 2.15) an attribute comes to lie at one of them, and scripting fails with
+    "builtin cannot be used as a value".
+    """
+    operators = torch.jit._builtins._get_builtin_table()
+    for module in model.modules():
+        for value in vars(module).values():
+            if not callable(value):
+                operators.pop(id(value), None)

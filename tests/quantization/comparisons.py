@@ -1,0 +1,69 @@
+"""Compare the forms of a network: fake-quantized, of torch's kernels, and in ONNX Runtime."""
+
+from typing import Any
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+from torch.ao.nn import quantized as nnq
+from torch.utils._pytree import tree_leaves
+
+from lightning_qat.quantization.lower import lower
+from lightning_qat.quantization.network import quantization_of
+from lightning_qat.quantization.onnx_export import export_onnx
+
+INTEGER_LAYERS = (
+    nnq.Conv1d, nnq.Conv2d, nnq.Conv3d, nnq.Linear,
+    nnq.ConvTranspose1d, nnq.ConvTranspose2d, nnq.ConvTranspose3d,
+)  # fmt: skip
+
+
+def tensors(value: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+
+
+def apart(first: Any, second: Any) -> float:
+    """The largest difference of two outputs, as a share of the first one's largest value."""
+    pairs = list(zip(tensors(first), tensors(second), strict=True))
+    assert pairs
+    assert all(a.shape == b.shape for a, b in pairs)
+    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-9)) for a, b in pairs)
+
+
+@torch.no_grad()
+def int8_apart(callback: Any, *args: Any, **kwargs: Any) -> float:
+    """How far the INT8 model of ``callback`` is from its fake-quantized network."""
+    expected = callback.networks["fake_quant"](*args, **kwargs)
+    return apart(expected, callback.int8_model(*args, **kwargs))
+
+
+def in_onnx_runtime(net: nn.Module, *args: Any, **kwargs: Any) -> list[Tensor]:
+    """What ONNX Runtime computes for a fake-quantized ``net``."""
+    program = lower(net, args, kwargs)
+    given = tensors((args, kwargs))
+    outputs = [f"y{i}" for i in range(len(program.graph_signature.user_outputs))]
+    proto = export_onnx(program, [f"x{i}" for i in range(len(given))], outputs)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")  # else AVX2 saturates
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
+    inputs = {f"x{i}": x.numpy() for i, x in enumerate(given)}
+    inputs = {x.name: inputs[x.name] for x in session.get_inputs()}
+    return [torch.from_numpy(y) for y in session.run(None, inputs)]
+
+
+def integer_layers(int8_model: nn.Module) -> list[str]:
+    """The names of the layers that run on integer kernels."""
+    return [name for name, x in int8_model.named_modules() if isinstance(x, INTEGER_LAYERS)]
+
+
+def scales(net: nn.Module) -> dict[str, Tensor]:
+    """All ranges and scales of a fake-quantized network."""
+    quantization = quantization_of(net)
+    assert quantization is not None
+    return quantization.scales()
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """True where two state dicts have the same names and bits."""
+    return first.keys() == second.keys() and all(torch.equal(first[x], second[x]) for x in first)
