@@ -31,7 +31,7 @@ from lightning_qat.deployment.openvino_export import is_installed
 from lightning_qat.deployment.runtimes import Runtime, load
 from lightning_qat.quantization.damage import layer_damage
 from lightning_qat.quantization.packed import activation_range, packed_bytes
-from lightning_qat.quantization.torch_ao import quantized_engine
+from lightning_qat.quantization.torch_model import quantized_engine
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from lightning_qat.deployment.openvino_export import is_installed, save_openvino
 from lightning_qat.quantization.lower import lower
 from lightning_qat.quantization.network import quantized_networks
 from lightning_qat.quantization.to_onnx import program_of
-from lightning_qat.quantization.torch_ao import torch_script
 from lightning_qat.quantization.torch_kernels import to_torch_kernels
+from lightning_qat.quantization.torch_model import torch_script
 
 # Without this package; {file} and {images} are filled in.
 _HOW_TO_LOAD = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_qat.deployment.description import KEY, Description
 from lightning_qat.errors import UserError
-from lightning_qat.quantization.torch_ao import quantized_engine
+from lightning_qat.quantization.torch_model import quantized_engine
 
 LONGEST_DESCRIPTION = 2**24  # bytes: a few kilobytes of a zip archive may stand for gigabytes
 
