@@ -21,6 +21,7 @@ from lightning_qat.quantization.calls import (
     CLAMPS,
     CONVOLUTIONS,
     LAYERS,
+    OPERANDS,
     SAME_VALUES,
     SUMS,
     TRANSPOSED,
@@ -148,7 +149,7 @@ class Recorder(Calls):
 
     def call(self, site: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute and record."""
-        operands = tensors((args, kwargs))
+        operands = tensors((args, {x: kwargs[x] for x in OPERANDS if x in kwargs} | kwargs))
         inputs = [self.number(x) for x in operands]
         output = function(*args, **kwargs)
         results = tensors(output)
