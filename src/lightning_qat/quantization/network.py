@@ -106,7 +106,7 @@ class Quantization(nn.Module):
     def fake_quant_weight(self, name: str, weight: Tensor) -> Tensor:
         """Fake-quantize a weight."""
         if not self._is_identity:
-            return self._run(self.weight(name), weight)
+            return self.weight(name)(weight)
         if not self.weight(name).is_observed():
             self.weight(name).initialize(weight.detach().float())
         return weight
