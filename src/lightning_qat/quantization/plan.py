@@ -73,7 +73,7 @@ class Plan:
 
     Attributes:
         activations: the scheme of each fake-quantizer of activations.
-        weights: of each fake-quantizer of weights: scheme, axis of the output channels, their number.
+        weights: of each fake-quantizer of weights: scheme, axis and number of output channels.
         known: the sites of all layers of the recorded pass.
         in_float: the layers that stay in float: the reason.
         float_work: multiply-adds of what stays in float, by name, for one sample.
@@ -132,7 +132,7 @@ class Recorder(Calls):
         self._numbers: dict[int, int] = {}
         self._kept: list[Tensor] = []  # an id is unique as long as its tensor lives
         self.depends: dict[int, bool] = {}
-        names = dict(net.named_parameters(remove_duplicate=False))
+        names: dict[str, Tensor] = dict(net.named_parameters(remove_duplicate=False))
         names |= dict(net.named_buffers(remove_duplicate=False))
         self.names = {id(tensor): name for name, tensor in names.items() if tensor is not None}
 
@@ -166,7 +166,7 @@ class Recorder(Calls):
                 results[0].shape if results else None,
                 args,
                 kwargs,
-            )  # fmt: skip
+            )
         )
         return output
 
@@ -400,8 +400,11 @@ class _Planner:
             ]  # fmt: skip
             # the input of a layer has the bits of that layer; the most where several read it
             widest = max(narrow, key=lambda q: q.activation_bits, default=None)
-            is_narrow = widest is not None and len(narrow) == len(readers)
-            self.plan.activations[name] = widest if is_narrow else (own or [scheme])[0].wide
+            is_narrow = len(narrow) == len(readers)
+            if widest is not None and is_narrow:
+                self.plan.activations[name] = widest
+            else:
+                self.plan.activations[name] = (own or [scheme])[0].wide
 
 
 _NORM_ARGUMENTS = (
