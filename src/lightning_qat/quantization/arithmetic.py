@@ -2,10 +2,10 @@
 
 *Training* fake-quantizes inputs, weights and outputs; batch-norm stays as it is.
 
-*Evaluation* computes what integer kernels compute, bit for bit, in float32: a layer adds products
-of integers, which is exact below 2**24, adds an int32 bias, multiplies once for each channel (input
-scale x weight scale / output scale, batch-norm included) and rounds once. A sum is two multiply-adds,
-as ONNX Runtime's QLinearAdd computes it.
+*Evaluation* computes what integer kernels compute, bit for bit, in float32. A layer adds products
+of integers, which is exact below 2**24, and an int32 bias, multiplies once for each channel (input
+scale x weight scale / output scale, batch-norm included) and rounds once. A sum is two
+multiply-adds, as ONNX Runtime's QLinearAdd computes it.
 
 *Lowering* writes the operators of ``ops.py`` with the same numbers.
 """
@@ -18,11 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_qat.errors import UserError
 from lightning_qat.quantization.calls import (
     LAYERS,
     RELUS,
-    TRANSPOSED,
     Calls,
     layer_arguments,
 )
@@ -231,7 +229,11 @@ class Quantize(Calls):
             channels *= others.get("groups", rest[3] if len(rest) > 3 else 1)
         scale = scale.expand(channels) if scale.ndim == 0 else scale.repeat(channels // len(scale))
         layer = _Layer(call, function, x)
-        layer.operands, layer.scale, layer.integers = (x, weight, bias, rest, others), scale, integers
+        layer.operands, layer.scale, layer.integers = (
+            (x, weight, bias, rest, others),
+            scale,
+            integers,
+        )
         if fold is not None:  # the value is that of the layer alone
             scale = scale / fold.flatten()
         if self.owner.numbers is not None:
@@ -269,7 +271,7 @@ class Quantize(Calls):
             if bound.get("bias") is not None:
                 bias = bias + bound["bias"]
         if layer.call.norm_tensors:  # the factor is in the integers already
-            factor = None
+            factor = None  # type: ignore[assignment]
         self.folded.add(site)
         return self._finish(layer, start, factor, bias, lambda: function(*args, **kwargs))
 
@@ -295,7 +297,10 @@ class Quantize(Calls):
                     integers = integers * along(sign, integers.ndim, call.axis)
                 self._keep_integers(layer, site, integers, scale, bias)
                 return self._lowered(
-                    call, site, layer.function, *layer.operands[::3],
+                    call,
+                    site,
+                    layer.function,
+                    *layer.operands[::3],
                     layer.operands[4],
                 )
             assert layer.sums is not None
@@ -305,9 +310,7 @@ class Quantize(Calls):
             product = scale * x_scale
             if sign is not None:
                 total = total * along(sign, ndim, channel)
-            total = total + along(
-                torch.round(bias / product).clamp_(*_BIAS_LIMITS), ndim, channel
-            )
+            total = total + along(torch.round(bias / product).clamp_(*_BIAS_LIMITS), ndim, channel)
             real = total * along(product, ndim, channel)
         output = _exact(lambda: real, differentiable)
         if call.steps:

@@ -141,7 +141,9 @@ class QuantizationCallback(pl.Callback):
             raise UserError(f"{other}: they differ in {', '.join((missing + unexpected)[:5])}.")
         quantization = self._quantization(pl_module)
         if not quantization.is_ready:
-            raise UserError(f"{ckpt_path} is from before the first training step: name a later one.")
+            raise UserError(
+                f"{ckpt_path} is from before the first training step: name a later one."
+            )
         self.networks.pop("fp32", None)  # as the fresh module came: not what was trained
         self._convert(copy_network(self._network(pl_module)))
         return pl_module
@@ -345,7 +347,9 @@ class QuantizationCallback(pl.Callback):
             return self.target
         if has_forward(pl_module):
             return ""
-        networks = [name for name, x in pl_module.named_children() if any(True for _ in x.parameters())]
+        networks = [
+            name for name, x in pl_module.named_children() if any(True for _ in x.parameters())
+        ]
         networks = [x for x in networks if not isinstance(getattr(pl_module, x), Quantization)]
         if len(networks) == 1:
             return networks[0]

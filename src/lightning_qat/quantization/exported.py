@@ -81,7 +81,7 @@ def _warn_of_fixed_sizes(
         "batch size" if dimension == 0 else "image size"
         for x, value in zip(inputs, values, strict=True)
         for dimension in shapes[x]
-        if isinstance(value.shape[dimension], int)
+        if str(value.shape[dimension]).isdigit()  # torch may keep a symbol that is one number
     }
     if fixed:
         warnings.warn(

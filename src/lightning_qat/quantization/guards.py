@@ -97,7 +97,9 @@ def refuse_what_is_not_finite(net: nn.Module, quantization: Quantization) -> Non
     Raises:
         UserError: a weight, a statistic of batch-norm or a scale is NaN or infinite.
     """
-    buffers = [(n, x) for n, x in net.named_buffers() if n.endswith(("running_mean", "running_var"))]
+    buffers = [
+        (n, x) for n, x in net.named_buffers() if n.endswith(("running_mean", "running_var"))
+    ]
     for name, value in [*net.named_parameters(), *buffers, *quantization.scales().items()]:
         if not value.isfinite().all():
             raise UserError(

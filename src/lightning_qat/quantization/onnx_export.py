@@ -166,7 +166,7 @@ def _name_dimensions(graph: "onnx.GraphProto") -> None:
             else:
                 continue
             if dimension.dim_param and dimension.dim_param not in names:
-                taken = sum(x.startswith(name) for x in names.values())
+                taken = sum(x.startswith(name) for x in names.values()) if position else 0
                 names[dimension.dim_param] = f"{name}_{taken}" if taken else name
     for value in (*graph.input, *graph.output):
         for dimension in value.type.tensor_type.shape.dim:

@@ -74,7 +74,7 @@ class Plan:
 
     Attributes:
         activations: the scheme of each fake-quantizer of activations.
-        weights: of each fake-quantizer of weights: scheme, axis of the output channels, their number.
+        weights: of each fake-quantizer of weights: scheme, axis and number of output channels.
         known: the sites of all layers of the recorded pass.
         in_float: the layers that stay in float: the reason.
         float_work: multiply-adds of what stays in float, by name, for one sample.
@@ -133,7 +133,7 @@ class Recorder(Calls):
         self._numbers: dict[int, int] = {}
         self._kept: list[Tensor] = []  # an id is unique as long as its tensor lives
         self.depends: dict[int, bool] = {}
-        names = dict(net.named_parameters(remove_duplicate=False))
+        names: dict[str, Tensor] = dict(net.named_parameters(remove_duplicate=False))
         names |= dict(net.named_buffers(remove_duplicate=False))
         self.names = {id(tensor): name for name, tensor in names.items() if tensor is not None}
 
@@ -158,9 +158,16 @@ class Recorder(Calls):
             self.depends[number] = any(self.depends[i] for i in inputs)
         self.records.append(
             _Record(
-                site, self.path[-1] if self.path else "", function, inputs, outputs,
-                [x.shape for x in operands], results[0].shape if results else None, args, kwargs,
-            )  # fmt: skip
+                site,
+                self.path[-1] if self.path else "",
+                function,
+                inputs,
+                outputs,
+                [x.shape for x in operands],
+                results[0].shape if results else None,
+                args,
+                kwargs,
+            )
         )
         return output
 
@@ -244,7 +251,11 @@ class _Planner:
         self.plan.known.append(record.site)
         work = _multiply_adds(record, x, weight)
         scheme = self.qconfig_of(name)
-        if scheme is None or not x.is_floating_point() or not self.recorder.depends[record.inputs[0]]:
+        if (
+            scheme is None
+            or not x.is_floating_point()
+            or not self.recorder.depends[record.inputs[0]]
+        ):
             reason = "as overrides ask" if scheme is None else "its input is a constant"
             self.plan.in_float[name] = reason
             self.plan.float_work[name] = self.plan.float_work.get(name, 0) + work
@@ -390,8 +401,11 @@ class _Planner:
             ]  # fmt: skip
             # the input of a layer has the bits of that layer; the most where several read it
             widest = max(narrow, key=lambda q: q.activation_bits, default=None)
-            is_narrow = widest is not None and len(narrow) == len(readers)
-            self.plan.activations[name] = widest if is_narrow else (own or [scheme])[0].wide
+            is_narrow = len(narrow) == len(readers)
+            if widest is not None and is_narrow:
+                self.plan.activations[name] = widest
+            else:
+                self.plan.activations[name] = (own or [scheme])[0].wide
 
 
 _NORM_ARGUMENTS = (

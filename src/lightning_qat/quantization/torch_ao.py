@@ -3,7 +3,7 @@
 No other file of the core imports torch.ao, which a later version of torch may not have.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.ao.nn import quantized as nnq
 from torch.ao.nn.intrinsic import quantized as nniq
 
 from lightning_qat.errors import UserError
+from lightning_qat.quantization.qconfig import Engine, Observer, QConfig
 from lightning_qat.quantization.torch_layers import Layer
 from lightning_qat.quantization.torch_model import quantized_engine
 
@@ -81,19 +82,15 @@ def integer_module(
     return module.eval()
 
 
-_OBSERVERS: dict[Any, str] = {
+_OBSERVERS: dict[Any, Observer] = {
     tq.MovingAverageMinMaxObserver: "moving_average",
     tq.MinMaxObserver: "min_max",
     tq.HistogramObserver: "histogram",
 }
 
 
-def from_torch_qconfig(qconfig: tq.QConfig) -> dict[str, Any]:
-    """Return the knobs of our scheme that mean what a QConfig of torch.ao means.
-
-    Returns:
-        ``weight``: ``quant_min``, ``quant_max``, ``per_channel``; ``activation``: ``quant_min``,
-        ``quant_max``, ``symmetric``; ``observer``; ``averaging_constant``; ``learned``, False.
+def from_torch_qconfig(qconfig: tq.QConfig) -> QConfig:
+    """Return the scheme of ours that means what a QConfig of torch.ao means.
 
     Raises:
         UserError: it only observes, or asks for something that no integer kernel can do.
@@ -117,21 +114,19 @@ def from_torch_qconfig(qconfig: tq.QConfig) -> dict[str, Any]:
             f"the activation of this QConfig has a {type(observer).__name__}: use one of "
             f"{', '.join(kind.__name__ for kind in _OBSERVERS)}."
         )
-    limits = {
-        role: {"quant_min": x.quant_min, "quant_max": x.quant_max}
-        for role, x in (
-            ("weight", weight.activation_post_process),
-            ("activation", observer),
-        )
-    }
-    symmetric = activation.qscheme == torch.per_tensor_symmetric
-    return {
-        "weight": limits["weight"] | {"per_channel": per_channel},
-        "activation": limits["activation"] | {"symmetric": symmetric},
-        "observer": _OBSERVERS[type(observer)],
-        "averaging_constant": getattr(observer, "averaging_constant", 0.01),
-        "learned": False,
-    }
+    quant_range = observer.quant_max - observer.quant_min
+    return QConfig(
+        engine=cast(Engine, torch.backends.quantized.engine),
+        weight_bits=(weight.quant_max - weight.quant_min).bit_length(),
+        # torch's default maps 8 bits to 0..127
+        activation_bits=8 if quant_range >= 127 else quant_range.bit_length(),
+        reduce_range=quant_range == 127,
+        per_channel=per_channel,
+        symmetric=activation.qscheme == torch.per_tensor_symmetric,
+        observer=_OBSERVERS[type(observer)],
+        averaging_constant=getattr(observer, "averaging_constant", 0.01),
+        wide_ends=False,
+    )
 
 
 def _refuse(role: str, fake_quant: Any, dtype: torch.dtype) -> None:
