@@ -18,7 +18,8 @@ from lightning_qat.quantization.qconfig import QConfig
 def learned_scales(module: nn.Module) -> list[nn.Parameter]:
     """Return the scales and offsets in ``module`` that training learns.
 
-    In ``configure_optimizers``, give them a parameter group of their own without weight decay, which would draw them to 0.
+    In ``configure_optimizers``, give them a parameter group of their own without weight decay,
+    which would draw them to 0.
 
     Args:
         module: a LightningModule while ``fit`` runs with the callback.
