@@ -117,7 +117,7 @@ class LearnedScaleFakeQuantize(FakeQuantize):
             self.is_initialized.fill_(1.0)
             self.is_learning = True
         zero_point = self.qparams()[1]
-        scale = self.scale
+        scale: Tensor = self.scale
         values = x.numel() // scale.numel()
         if self.axis is not None:
             scale, zero_point = (along(v, x.ndim, self.axis) for v in (scale, zero_point))
