@@ -6,6 +6,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.ao.nn import quantized as nnq
+from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from lightning_qat.quantization.lower import lower
@@ -39,7 +40,13 @@ def int8_apart(callback: Any, *args: Any, **kwargs: Any) -> float:
 
 def in_onnx_runtime(net: nn.Module, *args: Any, **kwargs: Any) -> list[Tensor]:
     """What ONNX Runtime computes for a fake-quantized ``net``."""
-    program = lower(net, args, kwargs)
+    return run_onnx(lower(net, args, kwargs), *args, **kwargs)[1]
+
+
+def run_onnx(
+    program: ExportedProgram, *args: Any, **kwargs: Any
+) -> tuple[onnxruntime.InferenceSession, list[Tensor]]:
+    """A session of ONNX Runtime for a lowered network, and what it computes."""
     given = tensors((args, kwargs))
     outputs = [f"y{i}" for i in range(len(program.graph_signature.user_outputs))]
     proto = export_onnx(program, [f"x{i}" for i in range(len(given))], outputs)
@@ -49,7 +56,7 @@ def in_onnx_runtime(net: nn.Module, *args: Any, **kwargs: Any) -> list[Tensor]:
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
     inputs = {f"x{i}": x.numpy() for i, x in enumerate(given)}
     inputs = {x.name: inputs[x.name] for x in session.get_inputs()}
-    return [torch.from_numpy(y) for y in session.run(None, inputs)]
+    return session, [torch.from_numpy(y) for y in session.run(None, inputs)]
 
 
 def integer_layers(int8_model: nn.Module) -> list[str]:

@@ -125,7 +125,8 @@ class Modules(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         for index, layer in enumerate(self.layers):
-            x = F.relu(layer(x)) + (x if index else 0)
+            y = F.relu(layer(x))
+            x = x + y if index else y
         return {name: head_(x.mean((2, 3))) for name, head_ in self.heads.items()}
 
 
@@ -367,18 +368,18 @@ NETWORKS: dict[str, tuple[Any, int]] = {
     "ModuleList and ModuleDict": (Modules, 5),
     "layers called with keywords": (Keywords, 2),
     "reshapes between layers": (Reshapes, 4),
-    "one layer at two resolutions": (TwoResolutions, 4),
+    "one layer at two resolutions": (TwoResolutions, 5),
     "gradient checkpointing": (lambda: Checkpointed(False), 4),
     "reentrant gradient checkpointing": (lambda: Checkpointed(True), 4),
     "TransformerEncoderLayer": (Encoder, 6),
-    "MultiheadAttention": (Attends, 7),
+    "MultiheadAttention": (Attends, 6),
     "a block of a vision transformer": (VitBlock, 6),
     "stochastic depth": (StochasticDepth, 3),
     "squeeze and excitation": (SqueezeExcite, 6),
-    "a U-Net": (UNet, 4),
+    "a U-Net": (UNet, 3),
     "batch-norm before the convolution": (NormFirst, 3),
     "functions with weights": (Functional, 4),
-    "two images and numbers": (Siamese, 3),
+    "two images and numbers": (Siamese, 5),
     "an LSTM": (recurrent, 2),
     "three dimensions and one": (video, 3),
 }  # fmt: skip

@@ -1,162 +1,99 @@
 """QuantizationAwareTraining in somebody else's LightningModule."""
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
-from torch import Tensor, nn
-from torch.ao import quantization as tq
-from torch.ao.nn import quantized as nnq
-from torch.ao.nn.intrinsic import quantized as nniq
+from torch import nn
 
-from lightning_qat import QuantizationAwareTraining
-from tests.quantization.networks import SmallModule, images, loader
-from tests.quantization.random_layers import needs_every_integer
-
-
-def trainer_with(*callbacks: pl.Callback, folder: Path, **kwargs: Any) -> pl.Trainer:
-    return pl.Trainer(
-        **{
-            "max_epochs": 2,
-            "callbacks": list(callbacks),
-            "default_root_dir": folder,
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-            **kwargs,
-        }
-    )
+from lightning_qat import PostTrainingQuantization, QuantizationAwareTraining
+from lightning_qat.quantization.network import quantization_of
+from tests.quantization.comparisons import (
+    apart,
+    in_onnx_runtime,
+    int8_apart,
+    integer_layers,
+    same,
+    scales,
+)
+from tests.quantization.networks import SmallModule, SmallNet, images, loader, trainer_with
 
 
-@pytest.fixture
-def fitted(tmp_path: Path) -> tuple[SmallModule, QuantizationAwareTraining]:
-    torch.manual_seed(0)
-    module, callback = SmallModule(), QuantizationAwareTraining()
-    trainer_with(callback, folder=tmp_path).fit(module, loader(), loader(seed=1))
-    return module, callback
-
-
-def agreement(callback: QuantizationAwareTraining) -> float:
-    """Share of outputs of INT8 and fake-quant that are less than half a step apart."""
-    x, _ = images(count=256, seed=5)
-    fake_quant: Any = callback.networks["fake_quant"]
-    step = fake_quant.fc.activation_post_process.scale
-    with torch.no_grad():
-        difference = (fake_quant(x) - callback.int8_model(x)).abs() / step
-    return (difference < 0.5).double().mean().item()
-
-
-def fake_quants(net: nn.Module) -> dict[str, Any]:
-    return {name: m for name, m in net.named_modules() if isinstance(m, tq.FakeQuantizeBase)}
-
-
-def scales(net: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: value.clone()
-        for name, value in net.state_dict().items()
-        if name.endswith(("scale", "zero_point", "min_val", "max_val"))
-    }
-
-
-def test_every_weight_and_activation_is_fake_quantised(fitted: Any) -> None:
+def test_the_network_stays_the_users_object(fitted: Any) -> None:
     module, _ = fitted
-    # 4 weights and their outputs, the sum, the input, the input of the linear layer
-    assert len(fake_quants(module.net)) == 4 + 4 + 1 + 2
-    module.eval()
+    untouched = SmallNet()
+    assert type(module.net) is SmallNet
+    assert list(module.net.state_dict()) == list(untouched.state_dict())
+    assert [n for n, _ in module.named_parameters() if n.startswith("net")] == [
+        f"net.{n}" for n, _ in untouched.named_parameters()
+    ]
+    assert [n for n, _ in module.net.named_modules()] == [n for n, _ in untouched.named_modules()]
+
+
+def test_every_layer_and_sum_is_rounded(fitted: Any) -> None:
+    module, callback = fitted
+    quantization: Any = quantization_of(module.net)
+    assert {call.layer for call in quantization.plan.calls.values()} - {""} == {
+        "stem.0", "block.conv1", "block.conv2", "block.add", "fc"
+    }  # fmt: skip
+    assert callback.in_float == {}
     x, _ = images()
-    quantised = module.net(x)
-    module.net.apply(tq.disable_fake_quant)
-    assert not torch.equal(module.net(x), quantised)
-
-
-def test_the_int8_model_runs_integer_kernels(fitted: Any) -> None:
-    _, callback = fitted
-    types = [type(m) for m in callback.int8_model.modules()]
-    assert types.count(nniq.ConvReLU2d) == 2
-    assert types.count(nnq.Conv2d) == 1
-    assert types.count(nnq.Linear) == 1
-    assert types.count(nnq.QFunctional) == 1
-    assert not {nn.Conv2d, nn.BatchNorm2d, nn.Linear} & set(types)
-    assert torch.jit.script(callback.int8_model)(images()[0]).shape == (64, 4)
-
-
-def test_the_int8_model_carries_the_trained_scales(fitted: Any) -> None:
-    module, callback = fitted
-    trained = dict(module.net.named_modules())
-    checked = 0
-    for name, layer in callback.int8_model.named_modules():
-        if isinstance(layer, nnq.Conv2d | nnq.Linear):
-            fake_quant = trained[name].weight_fake_quant
-            assert torch.equal(layer.weight().q_per_channel_scales().float(), fake_quant.scale)
-            assert layer.scale == trained[name].activation_post_process.scale.item()
-            assert layer.zero_point == trained[name].activation_post_process.zero_point.item()
-            checked += 1
-    assert checked == 4
-
-
-def test_int8_agrees_with_fake_quant_to_one_step(fitted: Any) -> None:
-    module, callback = fitted
-    x, _ = images(count=512, seed=5)
-    step = module.net.fc.activation_post_process.scale
     with torch.no_grad():
-        difference = (module.net.eval()(x) - callback.int8_model(x)).abs() / step
-    assert difference.max() < 1.5
-    assert (difference < 0.5).float().mean() > 0.99
+        rounded = module.eval().net(x)
+        quantization.rounding = set()
+        float_ = module.net(x)
+        quantization.rounding = None
+    assert 1e-4 < apart(float_, rounded) < 0.1
 
 
-@needs_every_integer
-def test_values_beyond_the_observed_range_are_clipped_where_the_kernels_clip(fitted: Any) -> None:
+def test_int8_is_what_was_trained_bit_for_bit_also_in_onnx_runtime(fitted: Any) -> None:
     module, callback = fitted
-    x = images()[0] * 1.7
-    step = module.net.fc.activation_post_process.scale
+    assert sorted(integer_layers(callback.int8_model)) == [
+        "block.conv1", "block.conv2", "fc", "stem.0"
+    ]  # fmt: skip
+    x = images(count=256, seed=5)[0] * 1.5  # some values leave the observed ranges
     with torch.no_grad():
-        inputs = module.net.eval().quant_x(x)
-        assert inputs.max() > 128 * module.net.quant_x.activation_post_process.scale
-        assert (module.net(x) - callback.int8_model(x)).abs().max() < 1.5 * step
+        expected = module.eval().net(x)
+    assert int8_apart(callback, x) < 1e-6
+    (found,) = in_onnx_runtime(module.net, x)
+    assert torch.equal(found, expected)
 
 
-def test_only_training_steps_move_observers(tmp_path: Path, fitted: Any) -> None:
+def test_the_int8_model_holds_the_trained_integers(fitted: Any) -> None:
     module, callback = fitted
+    fake_quant: Any = quantization_of(module.net)
+    weight = callback.int8_model.get_submodule("fc").weight()
+    scale = fake_quant.weight("fc.weight").qparams()[0]
+    assert torch.equal(weight.q_per_channel_scales().float(), scale)
+    expected = (module.net.fc.weight / scale[:, None]).round().to(torch.int8)
+    assert torch.equal(weight.int_repr(), expected)
+
+
+def test_only_training_steps_move_scales(fitted: Any, tmp_path: Path) -> None:
+    module, callback = copy.deepcopy(fitted[0]), QuantizationAwareTraining()
     trainer = trainer_with(callback, folder=tmp_path)
     before = scales(module.net)
     wild = loader(seed=3, scale=100.0)
     trainer.validate(module, wild, verbose=False)
     trainer.test(module, wild, verbose=False)
     module.net.train()(images()[0] * 100)
-    after = scales(module.net)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert same(before, scales(module.net))
 
 
-def test_validation_inside_fit_moves_no_observer(tmp_path: Path) -> None:
-    def scales_after_fit(val_scale: float) -> dict[str, Tensor]:
+def test_validation_inside_fit_moves_no_scale(no_int8: Any, tmp_path: Path) -> None:
+    found = []
+    for val_scale in (1.0, 100.0):
         torch.manual_seed(0)
         module = SmallModule()
         trainer = trainer_with(QuantizationAwareTraining(), folder=tmp_path, val_check_interval=2)
         trainer.fit(module, loader(), loader(seed=1, scale=val_scale))
-        return scales(module.net)
-
-    ordinary, wild = scales_after_fit(1.0), scales_after_fit(100.0)
-    assert all(torch.equal(ordinary[name], wild[name]) for name in ordinary)
-
-
-def test_a_network_prepared_with_another_qconfig_is_refused(tmp_path: Path, fitted: Any) -> None:
-    module, _ = fitted
-    with pytest.raises(ValueError, match=r"already.*x86.*qnnpack"):
-        trainer_with(QuantizationAwareTraining("qnnpack"), folder=tmp_path).fit(module, loader())
-
-
-def test_hyper_parameters_of_any_kind_do_not_cost_the_training(tmp_path: Path) -> None:
-    module, callback = SmallModule(), QuantizationAwareTraining()
-    module.save_hyperparameters({"config": OmegaConf.create({"width": 8})})
-    best = ModelCheckpoint(tmp_path, monitor="val_loss")
-    trainer_with(callback, best, folder=tmp_path).fit(module, loader(), loader(seed=1))
-    assert callback.int8_model(images()[0]).shape == (64, 4)
+        found.append(scales(module.net))
+    assert same(*found)
 
 
 class Worsens(SmallModule):
@@ -167,50 +104,79 @@ class Worsens(SmallModule):
 
 
 def test_the_best_weights_are_converted_where_something_is_monitored(tmp_path: Path) -> None:
-    callback = QuantizationAwareTraining()
+    module, callback = Worsens(), QuantizationAwareTraining()
+    module.save_hyperparameters({"config": OmegaConf.create({"width": 8})})  # no plain type
     best = ModelCheckpoint(tmp_path, monitor="val_loss")
-    module = Worsens()
     trainer = trainer_with(callback, best, folder=tmp_path, max_epochs=3)
     trainer.fit(module, loader(), loader(seed=1))
-    state = torch.load(best.best_model_path, weights_only=True)["state_dict"]
-    assert not torch.equal(state["net.fc.weight"], module.net.fc.weight), "the last is the best"
-    int8: Any = callback.int8_model
-    converted = int8.fc.weight().dequantize()
-    fake_quant: Any = callback.networks["fake_quant"].get_submodule("fc")
-    assert torch.equal(state["net.fc.weight"], fake_quant.weight)
-    assert torch.equal(converted, fake_quant.weight_fake_quant(fake_quant.weight))
+    last = {name: x.clone() for name, x in module.net.state_dict().items()}
+    fake_quant = callback.networks["fake_quant"]
+    assert not torch.equal(last["fc.weight"], fake_quant.state_dict()["fc.weight"])
+    trainer.test(module, loader(seed=1), ckpt_path="best", verbose=False)
+    assert same(dict(module.net.state_dict()), dict(fake_quant.state_dict()))
+    assert same(scales(module.net), scales(fake_quant))
+    assert int8_apart(callback, images()[0]) < 1e-6
 
 
-def test_the_module_stays_usable_and_tests_its_best_checkpoint(tmp_path: Path) -> None:
-    callback, best = QuantizationAwareTraining(), ModelCheckpoint(tmp_path, monitor="val_loss")
-    module = SmallModule()
-    trainer = trainer_with(callback, best, folder=tmp_path)
-    trainer.fit(module, loader(), loader(seed=1))
-    assert fake_quants(module.net)
-    (figures,) = trainer.test(module, loader(seed=1), ckpt_path="best", verbose=False)
-    assert best.best_model_score is not None
-    assert figures["test_loss"] == pytest.approx(best.best_model_score.item())
-
-
-def test_fit_again_goes_on_training_the_same_network(tmp_path: Path, fitted: Any) -> None:
-    module, callback = fitted
+def test_fit_again_goes_on_with_the_same_network(
+    fitted: Any, no_int8: Any, tmp_path: Path
+) -> None:
+    module = copy.deepcopy(fitted[0])
     net, before = module.net, module.net.fc.weight.detach().clone()
-    trainer_with(callback, folder=tmp_path).fit(module, loader())
+    ranges = scales(net)
+    trainer = trainer_with(QuantizationAwareTraining(), folder=tmp_path, limit_train_batches=0)
+    trainer.fit(module, loader())
     assert module.net is net
+    assert same(scales(net), ranges), "a second preparation has changed ranges"
+    trainer_with(QuantizationAwareTraining(), folder=tmp_path).fit(module, loader())
     assert not torch.equal(before, net.fc.weight)
+    assert not torch.equal(fitted[0].net.fc.weight, net.fc.weight)
 
 
-def test_a_dotted_target_quantises_a_part(tmp_path: Path) -> None:
+def test_a_new_head_is_quantized_too(fitted: Any, tmp_path: Path) -> None:
+    module, callback = copy.deepcopy(fitted[0]), QuantizationAwareTraining()
+    module.net.fc = nn.Linear(8, 6)
+    trainer_with(callback, folder=tmp_path, max_epochs=1).fit(module, loader())
+    assert "fc" in integer_layers(callback.int8_model)
+    assert int8_apart(callback, images()[0]) < 1e-6
+
+
+def test_a_dotted_target_quantizes_a_part(tmp_path: Path) -> None:
     module, callback = SmallModule(), QuantizationAwareTraining(target="net.block")
     trainer_with(callback, folder=tmp_path).fit(module, loader())
-    assert fake_quants(module.net.block)
-    assert type(module.net.fc) is nn.Linear
-    features = torch.rand(2, 8, 8, 8)
-    assert callback.int8_model(features).shape == (2, 8, 8, 8)
+    assert sorted(integer_layers(callback.int8_model)) == ["conv1", "conv2"]
+    assert int8_apart(callback, torch.rand(2, 8, 8, 8)) < 1e-6
 
 
-def test_parameters_stay_the_same_objects(tmp_path: Path) -> None:
-    module = SmallModule()
-    before = {id(parameter) for parameter in module.parameters()}
-    trainer_with(QuantizationAwareTraining(), folder=tmp_path).fit(module, loader())
-    assert {id(parameter) for parameter in module.parameters()} == before
+def test_calibration_trains_nothing(tmp_path: Path) -> None:
+    module, callback = SmallModule(), PostTrainingQuantization("histogram_ptq")
+    before = {name: x.clone() for name, x in module.state_dict().items()}
+    modes = [x.training for x in module.net.modules()]
+    trainer_with(callback, folder=tmp_path, max_epochs=1).fit(module, loader())
+    assert same(before, dict(module.state_dict()))
+    assert module.automatic_optimization
+    assert [x.training for x in module.net.modules()] == modes
+    assert int8_apart(callback, images()[0]) < 1e-6
+
+
+def test_copies_and_pickles_compute_the_same_and_go_their_own_way(
+    fitted: Any, tmp_path: Path
+) -> None:
+    module, callback = fitted
+    x, _ = images()
+    twin, net = copy.deepcopy(module).eval(), pickle.loads(pickle.dumps(module.net)).eval()
+    torch.save(module.net, tmp_path / "net.pt")
+    loaded = torch.load(tmp_path / "net.pt", weights_only=False).eval()
+    with torch.no_grad():
+        expected = module.eval().net(x)
+        for other in (twin.net, net, loaded):
+            assert torch.equal(other(x), expected)
+        before = scales(module.net)
+        for other in (twin.net, net):
+            quantization_of(other).observe(True)  # type: ignore[union-attr]
+            other.train()(x * 100)
+            assert not same(scales(other), before)
+        assert same(scales(module.net), before)
+    int8 = pickle.loads(pickle.dumps(callback.int8_model))
+    for model in (int8, copy.deepcopy(callback.int8_model)):
+        assert torch.equal(model(x), callback.int8_model(x))

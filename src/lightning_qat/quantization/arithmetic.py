@@ -2,10 +2,10 @@
 
 *Training* fake-quantizes inputs, weights and outputs; batch-norm stays as it is.
 
-*Evaluation* computes what integer kernels compute, bit for bit, in float32: a layer adds products
-of integers, which is exact below 2**24, adds an int32 bias, multiplies once for each channel (input
-scale x weight scale / output scale, batch-norm included) and rounds once. A sum is two multiply-adds,
-as ONNX Runtime's QLinearAdd computes it.
+*Evaluation* computes what integer kernels compute, bit for bit, in float32. A layer adds products
+of integers, which is exact below 2**24, and an int32 bias, multiplies once for each channel (input
+scale x weight scale / output scale, batch-norm included) and rounds once. A sum is two
+multiply-adds, as ONNX Runtime's QLinearAdd computes it.
 
 *Lowering* writes the operators of ``ops.py`` with the same numbers.
 """
@@ -271,7 +271,7 @@ class Quantize(Calls):
             if bound.get("bias") is not None:
                 bias = bias + bound["bias"]
         if layer.call.norm_tensors:  # the factor is in the integers already
-            factor = None
+            factor = None  # type: ignore[assignment]
         self.folded.add(site)
         return self._finish(layer, start, factor, bias, lambda: function(*args, **kwargs))
 

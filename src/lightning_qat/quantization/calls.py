@@ -6,6 +6,7 @@ functional call is seen.
 """
 
 import collections
+import dataclasses
 import types
 from typing import Any
 
@@ -80,6 +81,8 @@ def tensors(value: Any) -> list[Tensor]:
     """Return the tensors in a nested value, in order."""
     if isinstance(value, Tensor):
         return [value]
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, list | tuple):
@@ -92,9 +95,9 @@ def layer_arguments(
 ) -> tuple[Tensor, Tensor, Tensor | None, list[Any], dict[str, Any]]:
     """Return input, weight, bias and the other arguments of a call of a function in ``LAYERS``."""
     given = dict(zip(("input", "weight", "bias"), args, strict=False))
-    others = {name: value for name, value in kwargs.items() if name not in _OPERANDS}
-    given |= {name: kwargs[name] for name in _OPERANDS if name in kwargs}
+    others = {name: value for name, value in kwargs.items() if name not in OPERANDS}
+    given |= {name: kwargs[name] for name in OPERANDS if name in kwargs}
     return given["input"], given["weight"], given.get("bias"), list(args[3:]), others
 
 
-_OPERANDS = ("input", "weight", "bias")
+OPERANDS = ("input", "weight", "bias")

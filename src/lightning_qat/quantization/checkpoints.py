@@ -1,4 +1,4 @@
-"""Checkpoints: float weights, with the plan and the scales of each quantized network beside them."""
+"""Checkpoints: float weights, with plan and scales of each quantized network beside them."""
 
 import pickle
 from pathlib import Path

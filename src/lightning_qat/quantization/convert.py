@@ -22,7 +22,8 @@ def convert(net: nn.Module, engine: str) -> nn.Module:
         UserError: torch.export cannot follow ``net``.
     """
     quantization = quantization_of(net)
-    assert quantization is not None and quantization.example is not None
+    assert quantization is not None
+    assert quantization.example is not None
     args, kwargs = quantization.example
     try:
         program = lower(net, args, kwargs)

@@ -57,9 +57,7 @@ def find_example(
 
 def has_forward(pl_module: pl.LightningModule) -> bool:
     """Return True where the LightningModule defines a ``forward``."""
-    return type(pl_module).forward.__module__ != nn.Module.__module__ and not (
-        type(pl_module).forward.__qualname__ == "LightningModule.forward"
-    )
+    return type(pl_module).forward is not pl.LightningModule.forward
 
 
 def _first_batch(pl_module: pl.LightningModule, trainer: pl.Trainer) -> Any:
@@ -68,8 +66,8 @@ def _first_batch(pl_module: pl.LightningModule, trainer: pl.Trainer) -> Any:
         batch = next(iter(loader), None) if loader is not None else None
         if batch is None:
             raise UserError(
-                "there is no training batch that would show the network's inputs: give the callback "
-                "`example_inputs=`."
+                "there is no training batch that would show the network's inputs: give the "
+                "callback `example_inputs=`."
             )
         return pl_module._apply_batch_transfer_handler(batch, device=torch.device("cpu"))
 
@@ -103,9 +101,9 @@ def _capture(net: nn.Module, run: Any) -> Example:
     finally:
         handle.remove()
     raise UserError(
-        f"training_step does not call the {type(net).__name__} that is to be quantized on its first "
-        "batch. Either it holds its layers by another name: set `target` to that; or it calls it "
-        "later: give the callback `example_inputs=`, what the network is called with."
+        f"training_step does not call the {type(net).__name__} that is to be quantized on its "
+        "first batch. Either it holds its layers by another name: set `target` to that; or it "
+        "calls it later: give the callback `example_inputs=`, what the network is called with."
     )
 
 

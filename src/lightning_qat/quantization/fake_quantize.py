@@ -157,12 +157,10 @@ class ActivationFakeQuantize(FakeQuantize):
         """Return scale and zero point of the range, which includes 0."""
         quant_min, quant_max = self.qconfig.activation_range
         low, high = self.low.clamp(max=0), self.high.clamp(min=0)
-        if self.qconfig.symmetric:
-            scale = torch.maximum(-low, high) * 2
-        else:
-            scale = high - low
+        width = torch.maximum(-low, high) * 2 if self.qconfig.symmetric else high - low
         # a tensor of zeros may have any scale: a small one lets the next layer's bias overflow
-        scale = torch.where(scale == 0, 1.0, scale).div(quant_max - quant_min).clamp(min=_EPSILON)
+        width = torch.where(width == 0, 1.0, width)
+        scale = width.div(quant_max - quant_min).clamp(min=_EPSILON)
         if self.qconfig.scales == "power_of_two":
             scale = power_of_two(scale)
         if self.qconfig.symmetric:

@@ -16,9 +16,10 @@ from lightning_qat.quantization.qconfig import QConfig
 
 
 def learned_scales(module: nn.Module) -> list[nn.Parameter]:
-    """Return the scales and offsets in ``module`` that training learns, for ``configure_optimizers``.
+    """Return the scales and offsets in ``module`` that training learns.
 
-    Give them a parameter group of their own without weight decay, which would draw them to 0.
+    In ``configure_optimizers``, give them a parameter group of their own without weight decay,
+    which would draw them to 0.
 
     Args:
         module: a LightningModule while ``fit`` runs with the callback.
@@ -100,7 +101,7 @@ class LearnedScaleFakeQuantize(FakeQuantize):
         self.is_weight = axis is not None
         self.limits = qconfig.weight_limits if self.is_weight else qconfig.activation_limits
         self.axis = axis if self.is_weight and qconfig.per_channel else None
-        self.offset = None
+        self.offset: nn.Parameter | None = None
         if qconfig.scales == "learned_offset" and not self.is_weight:
             self.offset = nn.Parameter(torch.tensor(0.0))
         self.register_buffer("is_initialized", torch.tensor(0.0))
@@ -116,7 +117,7 @@ class LearnedScaleFakeQuantize(FakeQuantize):
             self.is_initialized.fill_(1.0)
             self.is_learning = True
         zero_point = self.qparams()[1]
-        scale = self.scale
+        scale: Tensor = self.scale
         values = x.numel() // scale.numel()
         if self.axis is not None:
             scale, zero_point = (along(v, x.ndim, self.axis) for v in (scale, zero_point))

@@ -1,10 +1,12 @@
 """From a quantized network to an exported graph of integers."""
 
+import dataclasses
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from lightning_qat.errors import UserError
 from lightning_qat.quantization import ops  # noqa: F401  (registers the operators)
@@ -40,7 +42,8 @@ def lower(
         for quantization in networks:
             quantization.numbers = _numbers(quantization)
         with torch.no_grad():
-            module(*args, **(kwargs or {}))  # keeps the integers of each layer
+            output = module(*args, **(kwargs or {}))  # keeps the integers of each layer
+        _register(output)
         return export_program(module, args, kwargs or {}, dynamic)
     finally:
         for quantization in networks:
@@ -48,6 +51,13 @@ def lower(
             quantization.lowered = {}
         for x, training in modes.items():
             x.training = training
+
+
+def _register(output: Any) -> None:
+    """Let torch.export flatten the dataclasses in ``output``."""
+    for value in output if isinstance(output, list | tuple) else [output]:
+        if dataclasses.is_dataclass(value) and type(value) not in pytree.SUPPORTED_NODES:
+            torch.export.register_dataclass(type(value))
 
 
 def _numbers(quantization: Quantization) -> dict[str, tuple[float, int]]:

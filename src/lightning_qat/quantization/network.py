@@ -66,7 +66,7 @@ class Quantization(nn.Module):
     @property
     def net(self) -> nn.Module:
         """The network."""
-        return self._net[0]  # type: ignore[index]
+        return self._net[0]  # type: ignore[index,return-value]
 
     # the state of the network -----------------------------------------------------------------
 
@@ -106,7 +106,7 @@ class Quantization(nn.Module):
     def fake_quant_weight(self, name: str, weight: Tensor) -> Tensor:
         """Fake-quantize a weight."""
         if not self._is_identity:
-            return self._run(self.weight(name), weight)
+            return self.weight(name)(weight)
         if not self.weight(name).is_observed():
             self.weight(name).initialize(weight.detach().float())
         return weight
@@ -372,7 +372,7 @@ def detach(net: nn.Module) -> nn.Module:
     quantization = quantization_of(net)
     if quantization is None:
         return net
-    forward = net.forward.forward  # type: ignore[union-attr]
+    forward = vars(net)["forward"].forward
     del net.forward, net._apply
     if forward is not None:
         net.forward = forward
@@ -386,7 +386,7 @@ def detach(net: nn.Module) -> nn.Module:
 
 
 def copy_network(net: nn.Module) -> nn.Module:
-    """Return a deep copy, also of a network with weights that a hook computes (pruning, weight_norm).
+    """Return a deep copy, also of a network whose weights a hook computes, as in pruning.
 
     torch copies no tensor that has a history.
     """

@@ -2,7 +2,8 @@
 
 A lowered network is an exported graph in which a layer stands between them::
 
-    dequantize -> conv2d(x, dequantize_per_channel(weight), dequantize_per_channel(bias)) -> quantize
+    x = dequantize(...)
+    conv2d(x, dequantize_per_channel(weight), dequantize_per_channel(bias)) -> quantize
 
 They mean what ONNX's QuantizeLinear and DequantizeLinear mean. torch's own operators of this kind
 come with torch.ao, which a later version of torch may not have.

@@ -81,9 +81,9 @@ class Overrides:
                     "torch.nn.Linear."
                 )
             raise UserError(
-                f"overrides: {getattr(key, '__name__', key)!r} changes nothing. Batch-norm and ReLU "
-                "go with the layer before them: name that layer. What has no integer kernel is in "
-                "float anyway."
+                f"overrides: {getattr(key, '__name__', key)!r} changes nothing. Batch-norm and "
+                "ReLU go with the layer before them: name that layer. What has no integer kernel "
+                "is in float anyway."
             )
 
     def describe(self) -> str:

@@ -21,6 +21,7 @@ from lightning_qat.quantization.calls import (
     CLAMPS,
     CONVOLUTIONS,
     LAYERS,
+    OPERANDS,
     SAME_VALUES,
     SUMS,
     TRANSPOSED,
@@ -73,7 +74,7 @@ class Plan:
 
     Attributes:
         activations: the scheme of each fake-quantizer of activations.
-        weights: of each fake-quantizer of weights: scheme, axis of the output channels, their number.
+        weights: of each fake-quantizer of weights: scheme, axis and number of output channels.
         known: the sites of all layers of the recorded pass.
         in_float: the layers that stay in float: the reason.
         float_work: multiply-adds of what stays in float, by name, for one sample.
@@ -132,7 +133,7 @@ class Recorder(Calls):
         self._numbers: dict[int, int] = {}
         self._kept: list[Tensor] = []  # an id is unique as long as its tensor lives
         self.depends: dict[int, bool] = {}
-        names = dict(net.named_parameters(remove_duplicate=False))
+        names: dict[str, Tensor] = dict(net.named_parameters(remove_duplicate=False))
         names |= dict(net.named_buffers(remove_duplicate=False))
         self.names = {id(tensor): name for name, tensor in names.items() if tensor is not None}
 
@@ -148,7 +149,7 @@ class Recorder(Calls):
 
     def call(self, site: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute and record."""
-        operands = tensors((args, kwargs))
+        operands = tensors((args, {x: kwargs[x] for x in OPERANDS if x in kwargs} | kwargs))
         inputs = [self.number(x) for x in operands]
         output = function(*args, **kwargs)
         results = tensors(output)
@@ -166,7 +167,7 @@ class Recorder(Calls):
                 results[0].shape if results else None,
                 args,
                 kwargs,
-            )  # fmt: skip
+            )
         )
         return output
 
@@ -233,8 +234,8 @@ class _Planner:
                 if scheme is not None:
                     self.schemes[index], self.layers[index] = scheme, name
             elif record.function in _PRODUCTS and record.output_shape is not None:
-                work = record.output_shape.numel() * record.shapes[0][-1] // _samples(record)
                 name = f"{record.path}.{record.function.__name__}"
+                work = _product_work(record)
                 self.plan.float_work[name] = self.plan.float_work.get(name, 0) + work
 
     def _name_layer(self, index: int, record: _Record, weights: dict[int, str]) -> None:
@@ -400,18 +401,35 @@ class _Planner:
             ]  # fmt: skip
             # the input of a layer has the bits of that layer; the most where several read it
             widest = max(narrow, key=lambda q: q.activation_bits, default=None)
-            is_narrow = widest is not None and len(narrow) == len(readers)
-            self.plan.activations[name] = widest if is_narrow else (own or [scheme])[0].wide
+            is_narrow = len(narrow) == len(readers)
+            if widest is not None and is_narrow:
+                self.plan.activations[name] = widest
+            else:
+                self.plan.activations[name] = (own or [scheme])[0].wide
 
 
 _NORM_ARGUMENTS = (
     "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps",
 )  # fmt: skip
-_PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__}
+_PRODUCTS = {
+    torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__,
+    F.scaled_dot_product_attention,
+}  # fmt: skip
 
 
 def _samples(record: _Record) -> int:
     return max(1, record.shapes[0][0] if record.shapes[0] else 1)
+
+
+def _product_work(record: _Record) -> int:
+    """Return the multiply-adds of a product of two activations, for one sample."""
+    assert record.output_shape is not None
+    if record.function is F.scaled_dot_product_attention:  # queries x keys, and x values
+        keys = record.shapes[1][-2]
+        work = keys * (record.shapes[0].numel() + record.output_shape.numel())
+    else:
+        work = record.output_shape.numel() * record.shapes[0][-1]
+    return work // _samples(record)
 
 
 def _multiply_adds(record: _Record, x: Tensor, weight: Tensor) -> int:

@@ -3,7 +3,7 @@
 No other file of the core imports torch.ao, which a later version of torch may not have.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.ao.nn import quantized as nnq
 from torch.ao.nn.intrinsic import quantized as nniq
 
 from lightning_qat.errors import UserError
-from lightning_qat.quantization.qconfig import Observer, QConfig
+from lightning_qat.quantization.qconfig import Engine, Observer, QConfig
 from lightning_qat.quantization.torch_layers import Layer
 from lightning_qat.quantization.torch_model import quantized_engine
 
@@ -116,7 +116,7 @@ def from_torch_qconfig(qconfig: tq.QConfig) -> QConfig:
         )
     quant_range = observer.quant_max - observer.quant_min
     return QConfig(
-        engine=torch.backends.quantized.engine,
+        engine=cast(Engine, torch.backends.quantized.engine),
         weight_bits=(weight.quant_max - weight.quant_min).bit_length(),
         # torch's default maps 8 bits to 0..127
         activation_bits=8 if quant_range >= 127 else quant_range.bit_length(),

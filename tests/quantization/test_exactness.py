@@ -1,0 +1,183 @@
+"""Evaluation computes what integer kernels compute: also with odd numbers and few bits."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.errors import UserError
+from lightning_qat.quantization import QCONFIGS, QConfig
+from lightning_qat.quantization.guards import refuse_what_is_not_finite
+from tests.quantization.networks import SmallNet, images
+from tests.quantization.training import Forms, forms, trained
+
+BRIGHT = images(64, seed=3)[0] * 1.7  # leaves the ranges that training has seen
+HOLDS_255 = torch.cpu._is_vnni_supported()
+
+
+def worst(found: Forms) -> float:
+    """The distance of the kernels' output, as a share of the largest value."""
+    return float((found.fake_quant - found.kernels).abs().max() / found.fake_quant.abs().max())
+
+
+@pytest.mark.parametrize("name", QCONFIGS)
+def test_every_qconfig_gives_the_same_numbers_everywhere(name: str) -> None:
+    net = SmallNet()
+    quantization: Any = trained(net, images(32)[0], name)
+    for call in quantization.plan.calls.values():
+        if call.kind != "layer":
+            continue
+        scheme, own = quantization.plan.weights[call.weight][0], quantization.weight(call.weight)
+        weight = net.get_parameter(call.weight)
+        assert own.limits == scheme.weight_limits
+        assert len(torch.unique(own(weight)[0])) <= 2**scheme.weight_bits
+        bits = QCONFIGS[name].weight_bits if "block" in call.layer else 8
+        assert scheme.weight_bits == bits, "the first and the last layer keep 8"
+    found = forms(net, BRIGHT, QCONFIGS[name].engine)
+    assert torch.equal(found.onnx, found.fake_quant)
+    if HOLDS_255 or QCONFIGS[name].reduce_range or QCONFIGS[name].engine == "qnnpack":
+        assert worst(found) < (0.02 if QCONFIGS[name].engine == "qnnpack" else 1e-5)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize(
+    ("inputs", "weights", "biases"),
+    [
+        (1.0, 1.0, 1e3), (1.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1e-4, 1.0, 0.0), (1e4, 1e-3, 1.0),
+        (1.0, 1.0, -100.0),
+    ],
+    ids=["large biases", "zero weights", "black images", "dark images", "large images", "dead"],
+)  # fmt: skip
+def test_odd_numbers_agree_in_every_runtime(
+    inputs: float, weights: float, biases: float, per_channel: bool
+) -> None:
+    net: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(),
+                             nn.Linear(64, 3))  # fmt: skip
+    with torch.no_grad():
+        net[0].weight.mul_(weights)
+        net[0].bias.copy_(torch.linspace(0.5, 1, 8) * biases)
+        net[2].weight[1] = 0  # a dead channel
+    x = images(16)[0] * inputs
+    trained(net, x, dataclasses.replace(QCONFIGS["x86"], per_channel=per_channel), steps=1)
+    found = forms(net, x)
+    assert found.fake_quant.isfinite().all()
+    assert torch.equal(found.onnx, found.fake_quant)
+    assert worst(found) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["x86", "qnnpack"])
+def test_a_channel_without_weight_in_batch_norm_costs_the_others_nothing(name: str) -> None:
+    outputs = []
+    for dead in (False, True):
+        torch.manual_seed(0)
+        net: Any = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+        nn.init.uniform_(net[1].weight, 0.04, 0.06)
+        if dead:
+            nn.init.zeros_(net[1].weight[3:4])
+            nn.init.ones_(net[1].bias[3:4])
+        quantization = trained(net, images(16)[0], name, steps=1)
+        gradient = net[1].weight.grad[3]
+        outputs.append(forms(net, images(16)[0], name).fake_quant.detach())
+        assert torch.equal(outputs[-1], forms(net, images(16)[0], name).onnx)
+        assert quantization.is_exact
+    assert gradient != 0, "it can never come back"
+    rest = [channel for channel in range(8) if channel != 3]
+    torch.testing.assert_close(
+        outputs[0][:, rest], outputs[1][:, rest], rtol=0, atol=0.02 * outputs[0].std().item()
+    )
+
+
+def test_the_numbers_are_those_of_the_definition_of_integer_arithmetic() -> None:
+    """In numpy: sums of integers, an integer bias, one multiplication, one rounding."""
+    net: Any = nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), nn.ReLU())
+    nn.init.uniform_(net[1].weight, -1, 1)
+    x = images(16)[0]
+    quantization: Any = trained(net, x)
+    call = quantization.plan.calls["0/conv2d.0"]
+    (scale, zero), (out_scale, out_zero) = (
+        [float(v) for v in quantization.activation(name).qparams()]
+        for name in (call.inputs[0], call.steps)
+    )
+    q = np.clip(np.rint(x.numpy() / np.float32(scale)) + zero, 0, 255) - zero
+    factor = (net[1].weight / torch.sqrt(net[1].running_var + net[1].eps)).detach().double().numpy()
+    step = quantization.weight("0.weight").qparams()[0].double().numpy()
+    w = np.rint(net[0].weight.detach().double().numpy()[..., 0, 0] / step[:, None])
+    bias = (net[0].bias - net[1].running_mean).detach().double().numpy() * factor
+    bias = bias + net[1].bias.detach().double().numpy()
+    multiplier = step * np.abs(factor) * scale
+    sums = np.einsum("nchw,oc->nohw", q, w * np.sign(factor)[:, None])
+    sums += np.rint(bias / multiplier)[None, :, None, None]
+    exact = sums * (multiplier / out_scale)[None, :, None, None]
+    expected = (np.clip(np.rint(exact) + out_zero, out_zero, 255) - out_zero) * out_scale
+    tie = np.abs(exact - np.floor(exact) - 0.5) < 1e-4
+    with torch.no_grad():
+        found = net(x).double().numpy()
+    assert np.abs(found - expected)[~tie].max() < 1e-5
+    assert tie.mean() < 0.01
+
+
+class Masked(nn.Module):
+    """A mask that lets everything through, as attention has one where nothing is hidden."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("mask", torch.full((4,), -math.inf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.maximum(self.fc(x), self.get_buffer("mask"))
+
+
+def test_an_infinite_mask_is_no_weight_that_has_diverged() -> None:
+    net = Masked()
+    quantization = trained(net, torch.randn(4, 4))
+    refuse_what_is_not_finite(net, quantization)
+    with torch.no_grad():
+        net.fc.weight[0, 0] = math.nan
+    with pytest.raises(UserError, match=r"'fc.weight' is NaN or infinite"):
+        refuse_what_is_not_finite(net, quantization)
+
+
+@pytest.mark.parametrize("name", ["x86", "histogram_ptq", "w2a2_lsq"])
+def test_no_images_give_no_numbers_and_move_no_scale(name: str) -> None:
+    net = SmallNet()
+    quantization = trained(net, images(16)[0], name)
+    before = quantization.scales()
+    net.train()
+    quantization.observe(True)
+    for x in (images(16)[0][:0],):
+        assert net.stem[0](x).shape == (0, 8, 8, 8)
+    quantization.observe(False)
+    assert all(
+        torch.equal(x, before[key])
+        for key, x in quantization.scales().items()
+        if key.startswith("activations")
+    )
+    assert net.eval()(images(16)[0][:0]).shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_mixed_precision_evaluation_gives_the_same_numbers(dtype: torch.dtype) -> None:
+    net = SmallNet()
+    trained(net, images(16)[0])
+    x = images(16, seed=4)[0]
+    with torch.no_grad():
+        expected = net(x)
+        with torch.autocast("cpu", dtype=dtype):
+            found = net(x)
+    assert torch.equal(found, expected)
+
+
+def test_a_clamp_between_layers_does_not_hide_the_range() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3), nn.Hardtanh(-0.31, 0.57), nn.Flatten(),
+        nn.Linear(128, 4),
+    )  # fmt: skip
+    trained(net, images(16)[0], QConfig(weight_bits=4, activation_bits=4))
+    found = forms(net, BRIGHT)
+    assert torch.equal(found.onnx, found.fake_quant)
+    assert worst(found) < 1e-5

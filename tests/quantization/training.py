@@ -1,0 +1,59 @@
+"""Fake-quantize a network, train it for some steps and lower it, without Lightning."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.quantization import QCONFIGS, QConfig
+from lightning_qat.quantization.convert import as_int8_model
+from lightning_qat.quantization.lower import lower
+from lightning_qat.quantization.network import Quantization, prepare
+from tests.quantization.comparisons import run_onnx
+
+
+def trained(
+    net: nn.Module,
+    x: Tensor,
+    qconfig: str | QConfig = "x86",
+    qconfig_of: Callable[[str], QConfig | None] | None = None,
+    steps: int = 2,
+) -> Quantization:
+    """Give ``net`` a quantization whose ranges have seen ``x``, and leave it in evaluation mode."""
+    scheme = QCONFIGS[qconfig] if isinstance(qconfig, str) else qconfig
+    quantization = prepare(net, (x[:2],), {}, qconfig_of or (lambda _: scheme))
+    optimizer = torch.optim.SGD([*net.parameters(), *quantization.parameters()], lr=0.01)
+    net.train()
+    quantization.observe(True)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        net(x).pow(2).mean().backward()
+        optimizer.step()
+    quantization.observe(False)
+    assert not quantization.unobserved()
+    quantization.is_ready = True
+    net.eval()
+    return quantization
+
+
+@dataclass
+class Forms:
+    """What the forms of a network give."""
+
+    fake_quant: Tensor
+    kernels: Tensor
+    onnx: Tensor
+    int8_model: nn.Module
+    session: onnxruntime.InferenceSession
+
+
+@torch.no_grad()
+def forms(net: nn.Module, x: Tensor, engine: str = "x86") -> Forms:
+    """Run a trained ``net``, torch's integer kernels and ONNX Runtime on ``x``."""
+    program: Any = lower(net, (x[:2],))
+    int8_model = as_int8_model(program, net, engine)
+    session, (onnx,) = run_onnx(program, x)
+    return Forms(net(x), int8_model(x), onnx, int8_model, session)
