@@ -104,16 +104,16 @@ def test_biases_and_batch_norm_do_not_decay() -> None:
 @pytest.mark.parametrize("name", QCONFIGS)
 def test_every_named_qconfig_is_a_choice(name: str) -> None:
     qconfig = instantiate(composed("stage=qat", f"qconfig={name}").callbacks.result.qconfig)
-    assert qconfig.knobs == QCONFIGS[name]().knobs
+    assert qconfig == QCONFIGS[name]
     files = {path.stem for path in (CONF / "qconfig").glob("*.yaml")}
     assert files == {*QCONFIGS, "custom"}
 
 
 def test_a_scheme_of_ones_own_starts_from_the_default() -> None:
     custom = composed("stage=qat", "qconfig=custom").callbacks.result.qconfig
-    assert instantiate(custom).knobs == QCONFIGS["x86"]().knobs
+    assert instantiate(custom) == QCONFIGS["x86"]
     custom = composed("stage=qat", "qconfig=custom", "qconfig.weight_bits=3").callbacks.result
-    assert instantiate(custom.qconfig).knobs["weight_bits"] == 3
+    assert instantiate(custom.qconfig).weight_bits == 3
 
 
 @pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.stem)
@@ -130,10 +130,9 @@ def test_sensitivity_takes_every_layer_of_resnet18_alone() -> None:
         name for name, x in net.named_modules() if isinstance(x, torch.nn.Conv2d | torch.nn.Linear)
     ]
     callback = instantiate(cfg.callbacks.result)
-    assert callback.overrides[""] is None
-    qconfig = callback.overrides["layer2.0.conv1"]
-    for fake_quant in (qconfig.weight(), qconfig.activation()):
-        assert fake_quant.quant_max - fake_quant.quant_min == 15
+    assert callback.overrides.given[""] is None
+    qconfig = callback.overrides.given["layer2.0.conv1"]
+    assert (qconfig.weight_bits, qconfig.activation_bits) == (4, 4)
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "submitit_slurm"])
