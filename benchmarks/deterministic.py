@@ -16,7 +16,7 @@ import torch
 from fit_only import RANDOM_WEIGHTS, fit_only
 from record import origin, write
 
-from lightning_qat.checkpoint import read_checkpoint
+from lightning_qat.quantization.checkpoints import read_checkpoint
 
 
 def trained(overrides: list[str]) -> dict[str, Any]:

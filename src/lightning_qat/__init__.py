@@ -1,6 +1,6 @@
-"""Quantisation aware training for PyTorch Lightning.
+"""Quantization-aware training for PyTorch Lightning.
 
-The callback is the library: ``QuantizationAwareTraining`` quantises any LightningModule's network.
+The callback is the library: ``QuantizationAwareTraining`` quantizes any LightningModule's network.
 Everything around it serves ``train.py``.
 """
 
@@ -12,9 +12,26 @@ from lightning_qat import _torch_deprecations
 from lightning_qat.errors import UserError
 
 if TYPE_CHECKING:
-    from lightning_qat.quantization import PostTrainingQuantization, QuantizationAwareTraining
+    from lightning_qat.quantization import (
+        PostTrainingQuantization,
+        QConfig,
+        QuantizationAwareTraining,
+    )
+    from lightning_qat.quantization.damage import layer_damage
+    from lightning_qat.quantization.to_onnx import to_onnx
 
-__all__ = ["PostTrainingQuantization", "QuantizationAwareTraining", "UserError", "__version__"]
+__all__ = [
+    "PostTrainingQuantization",
+    "QConfig",
+    "QuantizationAwareTraining",
+    "UserError",
+    "__version__",
+    "layer_damage",
+    "qconfigs",
+    "to_onnx",
+]
+
+_MODULES = {"layer_damage": "quantization.damage", "to_onnx": "quantization.to_onnx"}
 
 _torch_deprecations.ignore()
 
@@ -24,8 +41,13 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 
+def qconfigs() -> list[str]:
+    """Return the names that ``qconfig`` may have."""
+    return list(import_module("lightning_qat.quantization").QCONFIGS)
+
+
 def __getattr__(name: str) -> Any:
     # torch takes seconds to import, which `python train.py --help` does not need
-    if name in ("PostTrainingQuantization", "QuantizationAwareTraining"):
-        return getattr(import_module("lightning_qat.quantization"), name)
+    if name in __all__:
+        return getattr(import_module(f"lightning_qat.{_MODULES.get(name, 'quantization')}"), name)
     raise AttributeError(f"module 'lightning_qat' has no attribute {name!r}")

@@ -1,7 +1,6 @@
-"""Which weights a run ends with, and the files that carry them further."""
+"""The files that carry weights from one stage to the next."""
 
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
 from lightning_qat.atomic import atomic_path, remove_partials
-from lightning_qat.errors import UserError, checked_path
+from lightning_qat.errors import UserError
 from lightning_qat.in_use import exclusive
+from lightning_qat.quantization.checkpoints import below, read_checkpoint, state_dict
 
 log = logging.getLogger(__name__)
 
@@ -44,32 +44,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             _save(checkpoint, partial)
 
 
-def best_file(trainer: pl.Trainer) -> tuple[str, float] | None:
-    """The best checkpoint of the run, and when it was written (0 where it is gone).
-
-    None where no ModelCheckpoint monitors anything: then the last weights count.
-    """
-    for callback in trainer.checkpoint_callbacks:
-        # not by its class: the package `lightning` has one of its own
-        best = getattr(callback, "best_model_path", "")
-        if getattr(callback, "monitor", None) and best:
-            return best, Path(best).stat().st_mtime if Path(best).exists() else 0
-    return None
-
-
-def best_weights(trainer: pl.Trainer, best: str, target: str) -> dict[str, Tensor]:
-    """The state dict of the submodule ``target`` in the best checkpoint."""
-    try:
-        with torch.serialization.safe_globals(_stand_ins(best)):
-            checkpoint = trainer.strategy.load_checkpoint(best, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"the best checkpoint {best} cannot be read without executing what it holds: "
-            f"{_found(error)}\nWas it written by this run? Delete it and start again."
-        ) from error
-    return _below(checkpoint["state_dict"], target)
-
-
 def refuse_to_replace(path: Path) -> None:
     """Check that a file may be written anew: it is not there, or holds what ``save_weights`` wrote.
 
@@ -85,29 +59,6 @@ def refuse_to_replace(path: Path) -> None:
             f"{path} holds something else than weights that stage=fp32 has left, and would be "
             f"replaced by them: {hint}"
         )
-
-
-class _StandIn:
-    """What a checkpoint holds besides tensors and plain types: passed over, and never called."""
-
-    def __init__(self, *args: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _stand_ins(path: str) -> list[Any]:
-    """Of hyper-parameters that are no plain types, say.
-
-    Not even the run's own checkpoint may execute: a resumed run has its path from the file that it
-    was resumed from.
-    """
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not a file on this machine, or a damaged one: loading it says which
-        return []
-    return [(type("_StandIn", (_StandIn,), {}), name) for name in names]
 
 
 def save_weights(module: pl.LightningModule, trainer: pl.Trainer, path: Path) -> None:
@@ -156,7 +107,7 @@ def load_weights(
     state = state_dict(checkpoint, path, hint)
     if state is not checkpoint:
         _refuse_other_hparams(checkpoint.get("hyper_parameters", {}), hparams, path, hint)
-        state = _below(state, target)
+        state = below(state, target)
     elif new_head:
         state = _with_own_head(state, net, path)
     try:
@@ -172,40 +123,6 @@ def load_weights(
             f"in all): its training had diverged. {hint}"
         )
     log.info("weights of %s", path)
-
-
-def read_checkpoint(path: str | Path, hint: str) -> dict[str, Any]:
-    """The content of a checkpoint file, read without executing anything in it.
-
-    Raises:
-        UserError: the file is missing, or is no checkpoint, or not a whole one.
-    """
-    path = Path(checked_path("the path of a checkpoint", path))
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}: {hint}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises half a dozen kinds for damaged files
-        raise UserError(
-            f"{path} cannot be read as a checkpoint (truncated, damaged, not one that PyTorch "
-            "wrote, or with hyper-parameters that are not plain numbers, strings, lists and "
-            f"dictionaries): {_found(error)}\nDelete or replace it; {hint}"
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; {hint}")
-    return checkpoint
-
-
-def state_dict(checkpoint: dict[str, Any], path: str | Path, hint: str) -> dict[str, Any]:
-    """The state dict in a Lightning checkpoint; another checkpoint is one itself.
-
-    Raises:
-        UserError: it is none.
-    """
-    state = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise UserError(f"{path} holds no weights by name; {hint}")
-    return state
 
 
 def check_resumable(path: str) -> None:
@@ -253,17 +170,5 @@ def _with_own_head(state: dict[str, Tensor], net: nn.Module, path: str) -> dict[
     return state
 
 
-def _below(state: dict[str, Tensor], target: str) -> dict[str, Tensor]:
-    prefix = f"{target}." if target else ""
-    return {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
-
-
 def _first_lines(error: Exception) -> str:
     return "\n".join(str(error).splitlines()[:3])
-
-
-def _found(error: Exception) -> str:
-    """What torch found in a file, without its advice to execute that."""
-    if isinstance(error, pickle.UnpicklingError):  # the advice, raised where this came up
-        error = error.__context__ or error  # type: ignore[assignment]
-    return _first_lines(error).partition(" Please use")[0]

@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_qat.atomic import atomic_path
-from lightning_qat.checkpoint import read_checkpoint
+from lightning_qat.quantization.checkpoints import read_checkpoint
 
 log = logging.getLogger(__name__)
 

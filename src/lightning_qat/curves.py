@@ -9,7 +9,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.loggers.logger import rank_zero_experiment
 
-from lightning_qat.checkpoint import read_checkpoint
+from lightning_qat.quantization.checkpoints import read_checkpoint
 
 _FILE = ExperimentWriter.NAME_METRICS_FILE
 _KEPT = "before_the_break.csv"

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytorch_lightning as pl
 from torch import nn
 
-from lightning_qat.checkpoint import best_file, best_weights, refuse_to_replace, save_weights
+from lightning_qat.checkpoint import refuse_to_replace, save_weights
 from lightning_qat.errors import UserError, checked_path
+from lightning_qat.quantization.checkpoints import best_file, load_best
 
 
 class LeaveFloatWeights(pl.Callback):
@@ -48,7 +49,7 @@ class LeaveFloatWeights(pl.Callback):
         """Write the file, on one process only."""
         module = copy.deepcopy(pl_module).cpu().eval()
         if (best := best_file(trainer)) is not None:
-            module.load_state_dict(best_weights(trainer, best[0], ""))
+            module.load_state_dict(load_best(trainer, best[0])["state_dict"])
         self.networks["fp32"] = module.get_submodule("net")
         if trainer.is_global_zero:
             save_weights(module, trainer, self.path)

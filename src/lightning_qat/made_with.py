@@ -7,9 +7,9 @@ from typing import Any
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 
-from lightning_qat.checkpoint import read_checkpoint
 from lightning_qat.errors import UserError
 from lightning_qat.overrides import as_typed
+from lightning_qat.quantization.checkpoints import read_checkpoint
 from lightning_qat.resume import arguments, difference
 
 # What a checkpoint has settled, whatever a later command says; except for how long it trains.

@@ -8,11 +8,11 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.ao import quantization as tq
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_qat.checkpoint import load_weights
 from lightning_qat.errors import UserError, checked_bool, checked_float, checked_int
+from lightning_qat.quantization import learned_scales
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 LOSS_CHECK_EVERY = 50  # steps: looking at the loss makes a GPU wait
@@ -164,8 +164,6 @@ class ImageClassifier(pl.LightningModule):
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Compile once the first step, which callbacks may look into, has run."""
         if self._compile_mode is not None and not self._compiled:
-            # fake-quantised layers are classes of torch.ao, which it would leave to Python
-            torch._dynamo.config.dont_skip_tracing = True
             self._compiled.append(torch.compile(self.net, mode=self._compile_mode))
 
     def on_train_end(self) -> None:
@@ -189,8 +187,7 @@ class ImageClassifier(pl.LightningModule):
         """SGD over all parameters, in groups: weights, biases and batch-norm, learned scales."""
         hparams = self.hparams
         learning_rate = hparams["learning_rate"] * self.trainer.world_size
-        fake_quants = [x for x in self.modules() if isinstance(x, tq.FakeQuantizeBase)]
-        scales = [scale for fake_quant in fake_quants for scale in fake_quant.parameters()]
+        scales = learned_scales(self)
         learned = {id(scale) for scale in scales}
         trained = [x for x in self.parameters() if id(x) not in learned]
         groups: list[dict[str, Any]] = [

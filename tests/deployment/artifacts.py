@@ -4,18 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.ao import quantization as tq
+from torch import Tensor, nn
 
-from lightning_qat.deployment.deployed import DeployedModel, save_torchscript, torchscript
+from lightning_qat.deployment.deployed import DeployedModel, PixelModel
 from lightning_qat.deployment.description import PIXELS, UNIT, Description
-from lightning_qat.deployment.onnx_export import save_onnx, to_onnx
-from lightning_qat.deployment.openvino_export import save_openvino
-from lightning_qat.deployment.pixels import for_pixels
-from lightning_qat.deployment.qdq import qdq
-from lightning_qat.quantization.bias import round_biases
-from lightning_qat.quantization.convert import convert
-from lightning_qat.quantization.prepare import prepare_qat
-from lightning_qat.quantization.qconfig import x86
+from lightning_qat.deployment.export import export as export_model
+from lightning_qat.quantization.network import prepare
+from lightning_qat.quantization.overrides import Overrides
+from lightning_qat.quantization.qconfig import named_qconfig
 from tests.quantization.networks import SmallNet
 
 CLASSES = ["cat", "dog", "[red]fox[/red]", "émeu"]
@@ -34,30 +30,39 @@ def description(**changes: Any) -> Description:
     return Description(**(fields | changes))
 
 
+@torch.no_grad()
+def calibrated(
+    net: nn.Module, x: Tensor, qconfig: str = "x86", overrides: dict[Any, Any] | None = None
+) -> nn.Module:
+    """`net` itself, quantized, with the ranges and the statistics of batch-norm that `x` gives."""
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0
+    net.train()(x)
+    schemes = Overrides(named_qconfig(qconfig), overrides or {}, None)
+    quantization = prepare(net.eval(), (x[:2],), {}, schemes.of(net))
+    quantization.example = (x[:2],), {}
+    quantization.observe(True)
+    net(x)
+    quantization.observe(False)
+    quantization.is_ready = True
+    return net
+
+
 def export(folder: Path) -> dict[str, Path]:
     """Files by format, and by `pixels-` and format where uint8 pixels go in."""
     torch.manual_seed(0)
-    prepared = prepare_qat(SmallNet(), x86(), "x86")
-    for _ in range(20):
-        prepared((torch.rand(16, 3, 8, 8) * torch.rand(16, 3, 1, 1) - 0.4) / 0.25)
-    round_biases(prepared.eval().apply(tq.disable_observer))
-    int8 = convert(prepared, "x86")
-    deployed = DeployedModel(int8, MEAN, STD)
-    pixels = for_pixels(int8, 16, deployed.mean, deployed.std)
-    levels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    in_float = DeployedModel(qdq(int8), MEAN, STD)
-    return _save(folder, "", deployed, in_float, levels.float(), description()) | _save(
-        folder, "pixels-", pixels, qdq(pixels), levels, description(input=PIXELS)
+    levels = torch.randint(17, (64, 3, 8, 8), dtype=torch.uint8)
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
+    net = calibrated(SmallNet(), (levels / 16 * torch.rand(64, 1, 1, 1) - mean) / std)
+    deployed = DeployedModel(net, MEAN, STD)
+    failures: list[str] = []
+    files = export_model(deployed, folder / "model", description(), levels[:2] / 16, failures)
+    pixels = export_model(
+        PixelModel(deployed, 16), folder / "pixels", description(input=PIXELS), levels[:2], failures
     )
-
-
-def _save(
-    folder: Path, prefix: str, int8: Any, in_float: Any, images: Any, described: Description
-) -> dict[str, Path]:
-    files = {f"{prefix}{kind}": folder / f"{prefix}model_int8.{kind}" for kind in FORMATS}
-    ts, onnx, xml = files.values()
-    proto = to_onnx(in_float, images)
-    save_torchscript(torchscript(int8), ts, described)
-    save_onnx(proto, onnx, described)
-    save_openvino(proto, xml, described)
-    return files
+    assert not failures
+    suffixes = {"torchscript": "ts", "onnx": "onnx", "openvino": "xml"}
+    return {suffixes[name]: file.path for name, file in files.items()} | {
+        f"pixels-{suffixes[name]}": file.path for name, file in pixels.items()
+    }

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from lightning_qat.deployment.crop import crop_kernels
+from lightning_qat.quantization.onnx_passes import optimize
 
 
 def run(proto: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
@@ -21,7 +21,7 @@ def run(proto: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
 def convolution(
     size: int, taps: int, pads: list[int], stride: int, dilation: int
 ) -> onnx.ModelProto:
-    """Quantised weights, 2 -> 3 channels, on maps of size x (size + 1)."""
+    """Quantized weights, 2 -> 3 channels, on maps of size x (size + 1)."""
     generator = np.random.default_rng(0)
     weight = generator.integers(-127, 128, (3, 2, taps, taps)).astype(np.int8)
     nodes = [
@@ -52,7 +52,7 @@ def test_every_small_convolution_computes_what_it_did() -> None:
         proto = convolution(size, taps, [before, before, after, after], stride, dilation)
         x = np.random.default_rng(1).random((2, 2, size, size + 1), np.float32)
         expected, bytes_before = run(proto, x), proto.ByteSize()
-        crop_kernels(proto)
+        optimize(proto)
         onnx.checker.check_model(proto, full_check=True)
         found = run(proto, x)
         assert found.shape == expected.shape
@@ -64,7 +64,7 @@ def test_every_small_convolution_computes_what_it_did() -> None:
 @pytest.mark.parametrize(("size", "left"), [(1, 1), (2, 3), (8, 3)])
 def test_a_3x3_kernel_keeps_what_meets_the_map(size: int, left: int) -> None:
     proto = convolution(size, 3, [1, 1, 1, 1], 1, 1)
-    crop_kernels(proto)
+    optimize(proto)
     assert proto.graph.initializer[0].dims[2] == left
     assert proto.graph.initializer[0].dims[3] == 3  # one more column than rows
 
@@ -77,7 +77,7 @@ def test_a_map_of_unknown_size_is_left_alone() -> None:
     graph = helper.make_graph([odd, node], "net", [image], [y], [weight])
     known = [helper.make_opsetid("", 20), helper.make_opsetid("somebody's", 1)]
     proto = helper.make_model(graph, opset_imports=known)
-    crop_kernels(proto)
+    optimize(proto)
     assert numpy_helper.to_array(proto.graph.initializer[0]).shape == (1, 1, 3, 3)
 
 
@@ -85,5 +85,5 @@ def test_weights_with_two_readers_stay_whole() -> None:
     proto = convolution(1, 3, [1, 1, 1, 1], 1, 1)
     other = helper.make_node("Identity", ["w"], ["also"])
     proto.graph.node.append(other)
-    crop_kernels(proto)
+    optimize(proto)
     assert list(proto.graph.initializer[0].dims) == [3, 2, 3, 3]

@@ -1,32 +1,25 @@
 """Files for other runtimes: the same integers there."""
 
-import copy
 import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
-from torch.ao import quantization as tq
 
-from lightning_qat.deployment.deployed import DeployedModel
+from lightning_qat.deployment.deployed import DeployedModel, PixelModel
 from lightning_qat.deployment.description import KEY, PIXELS, UNIT, Description
 from lightning_qat.deployment.export import ExportedFile, export
 from lightning_qat.deployment.onnx_export import to_onnx
 from lightning_qat.deployment.openvino_export import save_openvino
-from lightning_qat.deployment.pixels import for_pixels
 from lightning_qat.deployment.runtimes import load
-from lightning_qat.quantization.bias import round_biases
-from lightning_qat.quantization.convert import Int8Model, convert
-from lightning_qat.quantization.prepare import prepare_qat
-from lightning_qat.quantization.qconfig import QCONFIGS
+from lightning_qat.quantization.onnx_export import OPSET
+from tests.deployment.artifacts import calibrated
 from tests.quantization.networks import SmallNet
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
@@ -41,20 +34,6 @@ def describe(input: str = UNIT) -> Description:
     )  # fmt: skip
 
 
-def int8_of(net: nn.Module, x: Tensor, qconfig: str = "x86", **settings: Any) -> Int8Model:
-    """Calibrated on ``x``, its batch-norms as well, and converted."""
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():
-        net.train()(x)
-        prepared: Any = prepare_qat(net, QCONFIGS[qconfig](), qconfig, **settings).eval()
-        prepared(x)
-    prepared.apply(tq.disable_observer)
-    round_biases(prepared)
-    return convert(prepared, qconfig)
-
-
 @pytest.fixture(scope="module")
 def pixels() -> Tensor:
     return torch.randint(256, (64, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
@@ -64,7 +43,7 @@ def pixels() -> Tensor:
 def model(pixels: Tensor) -> DeployedModel:
     torch.manual_seed(0)
     images = DeployedModel(nn.Identity(), MEAN, STD)(pixels / 255)
-    return DeployedModel(int8_of(SmallNet(), images), MEAN, STD)
+    return DeployedModel(calibrated(SmallNet(), images), MEAN, STD)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +52,7 @@ def exports(
 ) -> list[ExportedFile]:
     folder = tmp_path_factory.mktemp("files")
     made = export(model, folder / "model", describe(), (pixels / 255)[:2], [])
-    net: Any = model.net
-    raw = for_pixels(net, 255, model.mean, model.std)
-    of_pixels = export(raw, folder / "pixels", describe(PIXELS), pixels[:2], [])
+    of_pixels = export(PixelModel(model, 255), folder / "pixels", describe(PIXELS), pixels[:2], [])
     return [*made.values(), *of_pixels.values()]
 
 
@@ -86,7 +63,7 @@ def files(exports: list[ExportedFile]) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".ts", ".onnx", ".xml"])
-def test_every_runtime_gives_the_logits_of_the_int8_model(
+def test_every_runtime_gives_the_logits_of_the_trained_network(
     files: Path, suffix: str, model: DeployedModel, pixels: Tensor
 ) -> None:
     with torch.no_grad():
@@ -105,20 +82,13 @@ def test_raw_pixels_give_bit_by_bit_what_normalised_floats_give(
     assert torch.equal(on_pixels(pixels), on_floats(pixels / 255))
 
 
-def test_normalising_is_part_of_the_first_quantisation_of_raw_pixels(files: Path) -> None:
-    nodes = onnx.load(files / "pixels.onnx").graph.node
-    first_layer = [node.op_type for node in nodes].index("Conv")
-    before = {node.op_type for node in nodes[:first_layer]}
-    assert not before & {"Sub", "Div", "Mul", "QuantizeLinear"}
-
-
-def test_raw_pixels_where_the_first_layer_is_in_float(pixels: Tensor) -> None:
-    torch.manual_seed(0)
-    deployed = DeployedModel(nn.Identity(), MEAN, STD)
-    net = int8_of(SmallNet(), deployed(pixels / 255), overrides={"stem.0": None})
-    raw = for_pixels(net, 255, deployed.mean, deployed.std)
+@pytest.mark.parametrize("kind", ["model", "pixels"])
+def test_onnx_runtime_gives_the_trained_network_bit_for_bit(
+    files: Path, kind: str, model: DeployedModel, pixels: Tensor
+) -> None:
+    images = pixels if kind == "pixels" else pixels / 255
     with torch.no_grad():
-        assert torch.equal(raw(pixels), net(deployed(pixels / 255)))
+        assert torch.equal(load(files / f"{kind}.onnx")(images), model(pixels / 255))
 
 
 @pytest.mark.parametrize("suffix", [".ts", ".onnx", ".xml"])
@@ -134,7 +104,7 @@ def test_any_number_of_images_may_come(
 def test_int8_weights_feed_every_layer_and_nothing_stands_between_integers(files: Path) -> None:
     proto = onnx.load(files / "model.onnx")
     onnx.checker.check_model(proto, full_check=True)
-    assert [(x.domain, x.version) for x in proto.opset_import if not x.domain] == [("", 18)]
+    assert [(x.domain, x.version) for x in proto.opset_import if not x.domain] == [("", OPSET)]
     producers = {output: node for node in proto.graph.node for output in node.output}
     weights = {x.name: x for x in proto.graph.initializer}
     layers = [node for node in proto.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
@@ -154,10 +124,10 @@ def test_int8_weights_feed_every_layer_and_nothing_stands_between_integers(files
 
 def test_onnx_runtime_fuses_all_of_it(files: Path, tmp_path: Path) -> None:
     options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
     onnxruntime.InferenceSession(files / "model.onnx", options, ["CPUExecutionProvider"])
-    kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert kinds.count("QLinearConv") == 3
     assert kinds.count("QGemm") == kinds.count("QLinearAdd") == 1
     assert not {"Conv", "Gemm", "Add"} & set(kinds)
@@ -191,7 +161,7 @@ def test_lines_that_load_a_file_do_load_it(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(files)
     images = DeployedModel(nn.Identity(), MEAN, STD)(pixels / 255)
-    mobile = DeployedModel(int8_of(SmallNet(), images, "qnnpack"), MEAN, STD)
+    mobile = DeployedModel(calibrated(SmallNet(), images, "qnnpack"), MEAN, STD)
     said = dataclasses.replace(describe(), engine="qnnpack")
     in_mobile = export(mobile, files / "mobile", said, pixels / 255, [], onnx=False)
     for file in [*exports, *in_mobile.values()]:
@@ -221,7 +191,7 @@ def test_a_failed_export_leaves_what_it_has_not_written_but_no_xml_beside_other_
 
     monkeypatch.setattr(Path, "replace", until_full)
     proto = onnx.load(files / "model.onnx")  # to make it again would take seconds
-    monkeypatch.setattr("lightning_qat.deployment.export.to_onnx", lambda *args: proto)
+    monkeypatch.setattr("lightning_qat.deployment.export.from_program", lambda *args: proto)
     said = dataclasses.replace(describe(), seed=1)
     with pytest.raises(OSError, match="no space left"):
         export(model, folder / "model", said, (pixels / 255)[:2], [])
@@ -231,52 +201,13 @@ def test_a_failed_export_leaves_what_it_has_not_written_but_no_xml_beside_other_
     assert changed == {*WRITTEN[:done]} - {"model.bin"}  # of the same weights
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5", "densenet121", "googlenet"]
-)
-def test_other_networks_answer_alike_in_onnx_runtime(name: str) -> None:
-    torch.manual_seed(0)
-    net = torchvision.models.get_model(name, weights=None, num_classes=10)
-    net.aux_logits = False
-    x = torch.rand(16, 3, 64, 64)
-    int8 = int8_of(net, x)
-    proto = to_onnx(copy.deepcopy(int8), x[:2])
-    session = onnxruntime.InferenceSession(
-        proto.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    (found,) = session.run(None, {"images": x.numpy()})
-    with torch.no_grad():
-        expected = int8(x)
-    # single steps, at ties, grow from layer to layer of an untrained network, and its logits hardly
-    # differ from image to image
-    one = (expected - expected.mean(0)).flatten()
-    other = (torch.from_numpy(np.asarray(found)) - expected.mean(0)).flatten()
-    assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.9
-
-
-def test_pixels_are_normalised_for_everything_that_reads_them(pixels: Tensor) -> None:
-    class ReadsTwice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3, padding=1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.conv(x) + (x * 0.1).sum(1, keepdim=True)
-
-    mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
-    normalised = (pixels.float() / 255 - mean) / std
-    int8 = int8_of(ReadsTwice(), normalised)
-    assert torch.equal(for_pixels(int8, 255, mean, std)(pixels), int8(normalised))
-
-
 def test_a_format_that_cannot_be_made_does_not_cost_the_others(
     model: DeployedModel, pixels: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any) -> None:
         raise NotImplementedError("no such layer in ONNX")
 
-    monkeypatch.setattr("lightning_qat.deployment.export.to_onnx", fail)
+    monkeypatch.setattr("lightning_qat.deployment.export.from_program", fail)
     failures: list[str] = []
     files = export(model, tmp_path / "model", describe(), (pixels / 255)[:2], failures)
     assert list(files) == ["torchscript"]

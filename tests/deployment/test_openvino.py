@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_qat.deployment.onnx_export import to_onnx
 from lightning_qat.deployment.openvino_export import save_openvino
 from lightning_qat.deployment.runtimes import load
-from tests.deployment.test_exports import describe, int8_of
+from tests.deployment.artifacts import calibrated, description
 
 
 class Difference(nn.Module):
@@ -40,8 +40,8 @@ class MeanOfPositions(nn.Module):
 def test_openvino_leaves_no_rounding_out(net: type[nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(16, 3, 9, 9) * 2
-    int8 = int8_of(net(), x)
-    save_openvino(to_onnx(int8, x[:2]), tmp_path / "net.xml", describe())
+    quantized = calibrated(net(), x)
+    save_openvino(to_onnx(quantized, x[:2]), tmp_path / "net.xml", description())
     with torch.no_grad():
-        different = (load(tmp_path / "net.xml")(x) - int8(x)).abs() > 1e-3
+        different = (load(tmp_path / "net.xml")(x) - quantized(x)).abs() > 1e-3
     assert different.double().mean() < 0.01

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.jit import _builtins
 
-from lightning_qat.deployment.deployed import DeployedModel, torchscript
+from lightning_qat.deployment.deployed import DeployedModel
+from lightning_qat.quantization.torch_model import torch_script
 
 
 def test_an_attribute_at_the_address_of_a_freed_operator_is_no_operator(
@@ -18,6 +19,6 @@ def test_an_attribute_at_the_address_of_a_freed_operator_is_no_operator(
         return model
 
     model, images = unlucky(), torch.rand(2, 3, 8, 8)
-    torch.testing.assert_close(torchscript(model)(images), model(images))
+    torch.testing.assert_close(torch_script(model)(images), model(images))
     with pytest.raises(RuntimeError, match="builtin cannot be used as a value"):
         torch.jit.script(unlucky().eval())

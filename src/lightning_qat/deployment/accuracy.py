@@ -87,8 +87,18 @@ def agreement(logits: Tensor, others: Tensor) -> float:
     return (logits.argmax(1) == others.argmax(1)).double().mean().item()
 
 
-# What a runtime has to agree on; the best that was seen is 99.9 % and more for all of them.
-AGREEMENT = {"int8_vs_fake_quant": 0.999, "onnx_vs_int8": 0.999, "openvino_vs_int8": 0.995}
+def identical(logits: Tensor, others: Tensor) -> float:
+    """Return the share of images, 0..1, whose logits are the same bit for bit."""
+    return (logits == others).all(1).double().mean().item()
+
+
+# The least share of images that two runtimes put into the same class.
+AGREEMENT = {
+    "onnx_vs_fake_quant": 1.0,
+    "int8_vs_fake_quant": 0.999,
+    "onnx_vs_int8": 0.999,
+    "openvino_vs_int8": 0.995,
+}
 ACCURACY = 0.001  # how far the accuracies of the same integers may lie apart
 CHANCE = 1  # so many images may have two best classes one rounding apart, on any test set
 

@@ -17,22 +17,21 @@ from lightning_qat.data.image_datamodule import ImageDataModule
 from lightning_qat.deployment.accuracy import (
     accuracy,
     agreement,
+    identical,
     predict_test_set,
     shortfalls,
     validate,
 )
-from lightning_qat.deployment.deployed import DeployedModel
+from lightning_qat.deployment.deployed import DeployedModel, PixelModel
 from lightning_qat.deployment.description import PIXELS, UNIT, Description
 from lightning_qat.deployment.evidence import Evidence
 from lightning_qat.deployment.export import ExportedFile, export
 from lightning_qat.deployment.latency import measure_latency
 from lightning_qat.deployment.openvino_export import is_installed
-from lightning_qat.deployment.pixels import for_pixels
 from lightning_qat.deployment.runtimes import Runtime, load
-from lightning_qat.quantization.convert import quantised_engine
 from lightning_qat.quantization.damage import layer_damage
-from lightning_qat.quantization.packed import packed_bytes
-from lightning_qat.quantization.resolve import activation_range
+from lightning_qat.quantization.packed import activation_range, packed_bytes
+from lightning_qat.quantization.torch_model import quantized_engine
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ def evaluate(
     warnings: list[str] = []
     if "int8" in models:
         stem = folder / "model_int8"
-        exported = export(models["int8"], stem, description, images, warnings, export_onnx)
+        exported = export(models["fake_quant"], stem, description, images, warnings, export_onnx)
         if export_onnx and not is_installed():
             log.info(
                 "OpenVINO is not installed, so there will be no model_int8.xml: pip install "
@@ -105,7 +104,7 @@ def evaluate(
         fp32_files = export(models["fp32"], stem, description, images, warnings, export_onnx)
         if uint8_input and files:
             files |= _export_for_pixels(
-                models["int8"], datamodule, folder, description, warnings, export_onnx
+                models["fake_quant"], datamodule, folder, description, warnings, export_onnx
             )
         tested = {name: model for name, model in models.items() if name != "int8"}
         # one copy a use: oneDNN's convolutions are fast only for the batch size they meet first
@@ -132,8 +131,13 @@ def evaluate(
     unlike = torch.empty(0, dtype=torch.int64)
     if files:
         pairs = [("int8", "fake_quant"), *((name, "int8") for name in files if name != "int8")]
+        exact = [("onnx", "fake_quant")] if "onnx" in files else []
         figures["agreement"] = {
-            f"{name}_vs_{other}": agreement(logits[name], logits[other]) for name, other in pairs
+            f"{name}_vs_{other}": agreement(logits[name], logits[other])
+            for name, other in pairs + exact
+        }
+        figures["bit_identical"] = {
+            f"{name}_vs_{other}": identical(logits[name], logits[other]) for name, other in exact
         }
         figures["size_bytes"]["int8_packed"] = packed_bytes(networks["fake_quant"])
         figures["activation_range"] = activation_range(networks["fake_quant"])
@@ -147,8 +151,7 @@ def evaluate(
         # training images: nothing may be chosen by what the test set shows
         images = _first_images(datamodule, datamodule.train_dataloader(), LAYER_IMAGES)
         images = models["fp32"].normalise(images)
-        int8: Any = networks["int8"]
-        layers = layer_damage(networks["fake_quant"], int8, images)
+        layers = layer_damage(networks["fake_quant"], images)
     for warning in warnings:
         log.warning(warning)
     return figures, Evidence(
@@ -212,11 +215,11 @@ def _export_for_pixels(
     warnings: list[str],
     export_onnx: bool,
 ) -> dict[str, ExportedFile]:
-    net: Any = for_pixels(model.net, datamodule.max_value, model.mean, model.std)  # type: ignore[arg-type]
+    raw = PixelModel(model, datamodule.max_value)
     size = datamodule.image_size
     pixels = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     description = dataclasses.replace(description, input=PIXELS)
-    exported = export(net, folder / "model_int8_uint8", description, pixels, warnings, export_onnx)
+    exported = export(raw, folder / "model_int8_uint8", description, pixels, warnings, export_onnx)
     return {f"{_FILE_KEYS[name]}_uint8": file for name, file in exported.items()}
 
 
@@ -232,7 +235,7 @@ def _as_deployed(model: DeployedModel) -> Callable[[Tensor], Tensor]:
     """An integer network in the engine of torch that it was made for."""
 
     def run(images: Tensor) -> Tensor:
-        with quantised_engine(model.net.engine):  # type: ignore[arg-type]
+        with quantized_engine(model.net.engine):  # type: ignore[arg-type]
             return model(images)
 
     return run

@@ -8,10 +8,15 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lightning_qat.deployment.deployed import save_torchscript, torchscript
+from lightning_qat.deployment.deployed import save_torchscript
 from lightning_qat.deployment.description import PIXELS, Description
-from lightning_qat.deployment.onnx_export import save_onnx, to_onnx
+from lightning_qat.deployment.onnx_export import from_program, save_onnx
 from lightning_qat.deployment.openvino_export import is_installed, save_openvino
+from lightning_qat.quantization.lower import lower
+from lightning_qat.quantization.network import quantized_networks
+from lightning_qat.quantization.to_onnx import program_of
+from lightning_qat.quantization.torch_kernels import to_torch_kernels
+from lightning_qat.quantization.torch_model import torch_script
 
 # Without this package; {file} and {images} are filled in.
 _HOW_TO_LOAD = {
@@ -91,7 +96,7 @@ def export(
     """Write ``model`` as ``stem``.ts, .onnx and, where OpenVINO is installed, .xml with .bin.
 
     Args:
-        model: what it takes and gives is what the files will.
+        model: around a quantized network, or in float; the files take and give the same.
         images: two or more that it takes.
         failures: gets a sentence for each file that could not be made of this network.
         onnx: False writes the .ts only, which takes a tenth of the time.
@@ -103,12 +108,17 @@ def export(
         OSError: a file cannot be written.
     """
     path = stem.with_suffix
-    scripted = partial(save_torchscript, torchscript(model))
+    program, kernels = None, model
+    if quantized_networks(model):
+        assert description.engine is not None
+        program = lower(model, (images,))
+        kernels = to_torch_kernels(program.module(check_guards=False), description.engine)
+    scripted = partial(save_torchscript, torch_script(kernels))
     files = {"torchscript": ExportedFile(path(".ts"), "TorchScript", description, scripted)}
     if not onnx:
         return files
     try:
-        proto = to_onnx(model, images)
+        proto = from_program(program or program_of(model, (images,)))
     except Exception as error:  # whatever the exporter raises that does not know an operation
         failures.append(
             f"{stem.name}.onnx could not be made, and so no OpenVINO file: {_first_line(error)}"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_qat.deployment.description import KEY, Description
 from lightning_qat.errors import UserError
-from lightning_qat.quantization.convert import quantised_engine
+from lightning_qat.quantization.torch_model import quantized_engine
 
 LONGEST_DESCRIPTION = 2**24  # bytes: a few kilobytes of a zip archive may stand for gigabytes
 
@@ -74,13 +74,13 @@ class TorchScript:
         # torch.jit.load it would go to stderr
         torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
         self._engine = self.description.engine or torch.backends.quantized.engine
-        with quantised_engine(self._engine):
+        with quantized_engine(self._engine):
             self._model = torch.jit.load(path)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """See ``Runtime``."""
-        with quantised_engine(self._engine):  # sums take their kernel from it at each call
+        with quantized_engine(self._engine):  # sums take their kernel from it at each call
             return self._model(images)
 
 

@@ -1,0 +1,204 @@
+"""The noise that quantization adds to each layer, which shows the ones to keep in float."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.errors import UserError
+from lightning_qat.quantization.arithmetic import Quantize
+from lightning_qat.quantization.calls import CLAMPS, Calls
+from lightning_qat.quantization.fake_quantize import along
+from lightning_qat.quantization.network import Quantization, copy_network, quantization_of
+
+_IMAGES_AT_ONCE = 32  # the output of each layer for them is held in memory a few times over
+_KINDS = {"relu": "ReLU", "relu6": "ReLU6"}
+
+
+def layer_damage(net: nn.Module, images: Tensor) -> list[dict[str, Any]]:
+    """Compare every quantized layer with itself in float, worst first.
+
+    The float reference is the *trained* network without rounding, not the FP32 network that
+    training started from: its weights are others, so the two also differ by what was learned.
+    SQNR, the ratio of signal to quantization noise, has its powers summed over all images. One bit
+    more is worth 6 dB. A layer is compared behind the batch-norm and the ReLU that go with it.
+
+    Args:
+        net: quantized, with scales known, on the CPU. It is not changed.
+        images: what it takes, float32, the batch first.
+
+    Returns:
+        One row for each layer and sum, lowest ``own_sqnr_db`` first. A layer that is called more
+        than once has one row, over all its calls. Layers in float have none.
+
+        - ``name``: its name in ``overrides``.
+        - ``kind``: such as ``Conv2d + ReLU``; batch-norm is folded and not named.
+        - ``sqnr_db``: of its output in the INT8 model, with the errors of all layers before it.
+        - ``own_sqnr_db``: with the layers before it in float, and its inputs, weights and output
+          rounded. Both are None where there is no noise, or no signal.
+        - ``weight_min``, ``weight_max``: with batch-norm folded in; None where it has no weights.
+        - ``activation_min``, ``activation_max``: of its output in float.
+        - ``clipped``: share, 0..1, of its float outputs that lie more than half a step outside of
+          its integers; 0 where its output stays in float.
+
+    Raises:
+        UserError: ``net`` is not quantized, or has no scales yet.
+    """
+    net = copy_network(net).eval()
+    quantization = quantization_of(net)
+    if quantization is None or not quantization.is_ready:
+        raise UserError("layer_damage needs a network that has been trained or calibrated.")
+    quantization.observe(False)
+    damages: dict[str, _Damage] = {}
+    for batch in images.split(_IMAGES_AT_ONCE):
+        quantized = _Quantized(quantization)
+        _run(quantization, quantized, batch)
+        _run(quantization, _Comparison(quantization, quantized.ends, damages), batch)
+    return sorted((damage.row(name) for name, damage in damages.items()), key=_by_own_sqnr)
+
+
+@dataclass
+class _Damage:
+    """Sums over all calls of a layer and all images."""
+
+    kind: list[str] = field(default_factory=list)
+    signal: float = 0.0
+    noise: float = 0.0
+    own_noise: float = 0.0
+    weight_min: float | None = None
+    weight_max: float | None = None
+    activation_min: float = math.inf
+    activation_max: float = -math.inf
+    clipped: int = 0
+    values: int = 0
+
+    def add(self, expected: Tensor, alone: Tensor, quantized: Tensor) -> None:
+        """Count one batch: in float, with only this layer quantized, with all quantized."""
+        self.signal += _power(expected)
+        self.own_noise += _power(alone - expected)
+        self.noise += _power(quantized - expected)
+        low, high = (x.item() for x in expected.aminmax())
+        self.activation_min = min(self.activation_min, low)
+        self.activation_max = max(self.activation_max, high)
+        self.values += expected.numel()
+
+    def row(self, name: str) -> dict[str, Any]:
+        return {
+            "name": name,
+            "kind": " + ".join(self.kind),
+            "sqnr_db": _decibels(self.signal, self.noise),
+            "own_sqnr_db": _decibels(self.signal, self.own_noise),
+            "weight_min": self.weight_min,
+            "weight_max": self.weight_max,
+            "activation_min": self.activation_min,
+            "activation_max": self.activation_max,
+            "clipped": self.clipped / self.values,
+        }
+
+
+class _Quantized(Quantize):
+    """Runs the quantized network and keeps the values at the ends of its chains."""
+
+    def __init__(self, owner: Quantization) -> None:
+        super().__init__(owner)
+        self.ends: dict[str, Tensor] = {}
+
+    def call(self, site: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = super().call(site, function, args, kwargs)
+        if first := _ended(self.owner, site):
+            self.ends[first] = output.clone()  # later functions may work in place
+        return output
+
+
+class _Comparison(Quantize):
+    """Runs the network in float, and beside it each chain by itself, quantized."""
+
+    def __init__(
+        self, owner: Quantization, quantized: dict[str, Tensor], damages: dict[str, _Damage]
+    ) -> None:
+        super().__init__(owner)
+        self.quantized, self.damages = quantized, damages
+        # id of a value in float -> that, which keeps the id its own, and the same quantized
+        self.alone: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def call(self, site: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = self.owner.plan.calls.get(site)
+        if call is None:
+            return function(*args, **kwargs)
+        if call.layer:
+            kind = "add" if call.kind == "sum" else _kind(function)
+            self.damages.setdefault(call.layer, _Damage([kind]))
+            alone = super().call(site, function, args, kwargs)
+        else:
+            value = args[0] if args else kwargs["input"]
+            _, before = self.alone.pop(id(value), (value, value))
+            others = {name: x for name, x in kwargs.items() if name != "input"}
+            alone = super().call(site, function, (before, *args[1:]), others)
+        output = function(*args, **kwargs)
+        if first := _ended(self.owner, site):
+            self._compare(first, function, call.output, output, alone)
+        else:
+            self.alone[id(output)] = output, alone
+        return output
+
+    def _compare(
+        self, first: str, function: Any, quantizer: str, output: Tensor, alone: Tensor
+    ) -> None:
+        damage = self.damages[self.owner.plan.calls[first].layer]
+        if function in CLAMPS and len(damage.kind) == 1:
+            damage.kind.append(_kind(function))
+        damage.add(output, alone, self.quantized.pop(first))
+        if quantizer:
+            fake_quant = self.owner.activation(quantizer)
+            scale, zero_point = fake_quant.qparams()
+            lowest, highest = fake_quant.limits
+            steps = output / scale + zero_point
+            damage.clipped += int(((steps < lowest - 0.5) | (steps > highest + 0.5)).sum())
+
+    def _finish(self, layer: Any, site: str, factor: Tensor | None, *rest: Any) -> Tensor:
+        """Note the range of the weight, with batch-norm folded in."""
+        weight = layer.operands[1]
+        fold = self._fold(layer.call, weight)
+        if factor is not None:
+            fold = along(factor, weight.ndim, layer.call.axis)
+        low, high = (weight if fold is None else weight * fold).aminmax()
+        damage = self.damages[layer.call.layer]
+        damage.weight_min, damage.weight_max = low.item(), high.item()
+        return super()._finish(layer, site, factor, *rest)
+
+
+def _ended(owner: Quantization, site: str) -> str:
+    """Return the first call of the chain that ends at ``site``, or "" where none does."""
+    call = owner.plan.calls.get(site)
+    if call is None or call.follows:
+        return call.follows if call is not None else ""
+    return site if call.layer and not call.steps else ""
+
+
+def _run(quantization: Quantization, mode: Calls, images: Tensor) -> None:
+    forward: Any = quantization.net.forward
+    quantization.path[:] = [""]
+    try:
+        with torch.no_grad(), mode:
+            forward.original(images.clone())
+    finally:
+        quantization.path[:] = []
+
+
+def _kind(function: Any) -> str:
+    name = function.__name__.rstrip("_")
+    return _KINDS.get(name, "".join(part.capitalize() for part in name.split("_")))
+
+
+def _power(x: Tensor) -> float:
+    return torch.linalg.vector_norm(x).item() ** 2
+
+
+def _decibels(signal: float, noise: float) -> float | None:
+    return 10 * math.log10(signal / noise) if signal and noise else None
+
+
+def _by_own_sqnr(row: dict[str, Any]) -> float:
+    return math.inf if row["own_sqnr_db"] is None else row["own_sqnr_db"]

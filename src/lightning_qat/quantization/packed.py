@@ -1,0 +1,75 @@
+"""The size of a network whose weights are packed at their bits, and the range of its activations."""
+
+import operator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_qat.quantization.network import Quantization, quantization_of
+from lightning_qat.quantization.qconfig import saturates
+
+_WORD = 4  # bytes of a scale (float32), of a bias (int32), of a parameter in float (float32)
+
+
+def packed_bytes(net: nn.Module) -> int:
+    """Return the bytes that the parameters need at least: 4-bit weights take half a byte.
+
+    Each weight starts at a whole byte. Batch-norm is folded into its layer, which then has a bias.
+    The scales of activations, one for each layer, are left out.
+
+    Args:
+        net: quantized, with scales known.
+    """
+    quantization = _quantization(net)
+    weights = quantization.plan.weights
+    total = 0
+    for name, (qconfig, *_) in weights.items():
+        values = operator.attrgetter(name)(net).numel()
+        total += -(-values * qconfig.weight_bits // 8)
+        total += _WORD * quantization.weight(name).qparams()[0].numel()
+    folded = _folded(quantization)
+    for name, parameter in net.named_parameters():
+        if name not in folded and not any(_belongs_to(weight, name) for weight in weights):
+            total += _WORD * parameter.numel()
+    return total
+
+
+def activation_range(net: nn.Module) -> dict[str, Any]:
+    """Return the highest integer of the activations of ``net``, and the reason for it.
+
+    Returns:
+        ``quant_max`` (127 or 255), ``why`` in words, and ``saturates``: sums overflow on this CPU.
+    """
+    schemes = list(_quantization(net).plan.activations.values())
+    low, high = max((q.activation_range for q in schemes), key=lambda x: x[1] - x[0])
+    if high - low <= 127:
+        why = "sums of two products of such integers fit into 16 bits on every CPU"
+        return {"quant_max": high, "why": why, "saturates": False}
+    why = "one bit more, for CPUs that sum in 32 bits: with VNNI, which this one has"
+    why += "" if torch.cpu._is_vnni_supported() else " not"
+    return {"quant_max": high, "why": why, "saturates": any(map(saturates, schemes))}
+
+
+def _quantization(net: nn.Module) -> Quantization:
+    quantization = quantization_of(net)
+    assert quantization is not None, "a quantized network"
+    return quantization
+
+
+def _folded(quantization: Quantization) -> set[str]:
+    """Return the names of the parameters that folding batch-norm leaves nothing of."""
+    names = set()
+    for call in quantization.plan.calls.values():
+        if call.norm:
+            batch_norm = call.norm.rpartition("/")[0]
+            names |= {f"{batch_norm}.weight", f"{call.layer}.bias"}
+    return names
+
+
+def _belongs_to(weight: str, parameter: str) -> bool:
+    """Return True for a weight, and for what a parametrization computes it from."""
+    layer, _, last = weight.rpartition(".")
+    prefix = f"{layer}." if layer else ""
+    parametrized = f"{prefix}parametrizations.{last}."
+    return parameter == weight or parameter.startswith((f"{weight}_", parametrized))
