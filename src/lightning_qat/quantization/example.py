@@ -102,8 +102,8 @@ def _capture(net: nn.Module, run: Any) -> Example:
         handle.remove()
     raise UserError(
         f"training_step does not call the {type(net).__name__} that is to be quantized on its "
-        "first batch. Either it holds its layers by another name: set `target` to that; or it calls it "
-        "later: give the callback `example_inputs=`, what the network is called with."
+        "first batch. Either it holds its layers by another name: set `target` to that; or it "
+        "calls it later: give the callback `example_inputs=`, what the network is called with."
     )
 
 

@@ -18,7 +18,8 @@ from lightning_qat.quantization.qconfig import QConfig
 def learned_scales(module: nn.Module) -> list[nn.Parameter]:
     """Return the scales and offsets in ``module`` that training learns.
 
-    In ``configure_optimizers``, give them a parameter group of their own without weight decay, which would draw them to 0.
+    In ``configure_optimizers``, give them a parameter group of their own without weight decay,
+    which would draw them to 0.
 
     Args:
         module: a LightningModule while ``fit`` runs with the callback.
@@ -116,7 +117,7 @@ class LearnedScaleFakeQuantize(FakeQuantize):
             self.is_initialized.fill_(1.0)
             self.is_learning = True
         zero_point = self.qparams()[1]
-        scale = self.scale
+        scale: Tensor = self.scale
         values = x.numel() // scale.numel()
         if self.axis is not None:
             scale, zero_point = (along(v, x.ndim, self.axis) for v in (scale, zero_point))

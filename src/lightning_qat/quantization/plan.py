@@ -234,8 +234,8 @@ class _Planner:
                 if scheme is not None:
                     self.schemes[index], self.layers[index] = scheme, name
             elif record.function in _PRODUCTS and record.output_shape is not None:
-                work = record.output_shape.numel() * record.shapes[0][-1] // _samples(record)
                 name = f"{record.path}.{record.function.__name__}"
+                work = _product_work(record)
                 self.plan.float_work[name] = self.plan.float_work.get(name, 0) + work
 
     def _name_layer(self, index: int, record: _Record, weights: dict[int, str]) -> None:
@@ -411,11 +411,25 @@ class _Planner:
 _NORM_ARGUMENTS = (
     "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps",
 )  # fmt: skip
-_PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__}
+_PRODUCTS = {
+    torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__,
+    F.scaled_dot_product_attention,
+}  # fmt: skip
 
 
 def _samples(record: _Record) -> int:
     return max(1, record.shapes[0][0] if record.shapes[0] else 1)
+
+
+def _product_work(record: _Record) -> int:
+    """Return the multiply-adds of a product of two activations, for one sample."""
+    assert record.output_shape is not None
+    if record.function is F.scaled_dot_product_attention:  # queries x keys, and x values
+        keys = record.shapes[1][-2]
+        work = keys * (record.shapes[0].numel() + record.output_shape.numel())
+    else:
+        work = record.output_shape.numel() * record.shapes[0][-1]
+    return work // _samples(record)
 
 
 def _multiply_adds(record: _Record, x: Tensor, weight: Tensor) -> int:

@@ -67,7 +67,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Called before a training step: observe, and freeze by the epoch, also in a resumed run."""
+        """Called before a training step: observe, and freeze by the epoch (also when resumed)."""
         net, epoch = self._network(pl_module), trainer.current_epoch
         if self.freeze_observer_epoch is None or epoch < self.freeze_observer_epoch:
             self._quantization(pl_module).observe(True)
