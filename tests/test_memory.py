@@ -13,11 +13,20 @@ from torch import Tensor, nn
 from lightning_qat.data import DigitsDataModule
 from lightning_qat.deployment.deployed import DeployedModel, torchscript
 from lightning_qat.network import resnet18
+from lightning_qat.quantization import QCONFIGS
 from lightning_qat.quantization.convert import convert
-from lightning_qat.quantization.prepare import prepare_qat
-from lightning_qat.quantization.qconfig import x86
+from lightning_qat.quantization.network import Quantization, prepare
 from tests.conftest import GIVES_BACK
 from tests.long_run import look
+
+
+def observing(net: nn.Module) -> Quantization:
+    """Fake-quantize ``net`` as in a training step."""
+    images = torch.rand(2, 3, 32, 32)
+    quantization = prepare(net, (images,), {}, lambda _: QCONFIGS["x86"])
+    quantization.example = (images,), {}
+    quantization.observe(True)
+    return quantization
 
 
 def kept_for_backward(net: nn.Module, batch_size: int) -> int:
@@ -43,7 +52,7 @@ def kept_for_backward(net: nn.Module, batch_size: int) -> int:
 def test_512_images_a_step_fit_in_8_gb(stage: str, budget: float) -> None:
     net: Any = resnet18(10).to(memory_format=torch.channels_last).train()
     if stage == "qat":
-        net = prepare_qat(net, x86(), "x86")
+        observing(net)
     few, more = kept_for_backward(net, 2), kept_for_backward(net, 4)
     of_an_image = (more - few) / 2
     at_512 = few + 510 * of_an_image
@@ -65,8 +74,10 @@ def grown_by_exports(stage: str) -> float:
     def export() -> int:
         net: Any = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4096))
         if stage == "int8":
-            net = prepare_qat(net, x86(), "x86")
+            quantization = observing(net)
             net(torch.rand(2, 3, 32, 32))
+            quantization.observe(False)
+            quantization.is_ready = True
             net = convert(net.eval(), "x86")
         torchscript(DeployedModel(net, [0.5] * 3, [0.25] * 3))(torch.rand(1, 3, 32, 32))
         return look()["bytes"]

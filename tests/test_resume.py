@@ -10,8 +10,7 @@ import torch
 
 from lightning_qat.continued_checkpoint import ContinuedCheckpoint
 from tests.conftest import Road, Train
-from tests.quantization.networks import SmallModule, loader
-from tests.quantization.test_callback import trainer_with
+from tests.quantization.networks import SmallModule, loader, trainer_with
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from lightning_qat.data import DigitsDataModule
 from lightning_qat.data.image_datamodule import ImageDataModule
 from lightning_qat.errors import UserError
 from lightning_qat.module import ImageClassifier
-from lightning_qat.quantization import make_qconfig
+from lightning_qat.quantization import QConfig
 from tests.test_configs import CONF
 
 NAN, INF, HUGE = float("nan"), float("inf"), 10**30
@@ -55,10 +55,10 @@ NUMBERS: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
     "model.label_smoothing": (lambda x: model(label_smoothing=x), [*NEVER, HUGE]),
     "model.scale_learning_rate": (lambda x: model(scale_learning_rate=x), NEVER),
     "model.milestones": (lambda x: model(milestones=[5, x]), [*WHOLE, 0]),
-    "qconfig.weight_bits": (lambda x: make_qconfig(weight_bits=x), [*WHOLE, 0, 1, 9, HUGE]),
-    "qconfig.activation_bits": (lambda x: make_qconfig(activation_bits=x), [*WHOLE, 0, 9, HUGE]),
+    "qconfig.weight_bits": (lambda x: QConfig(weight_bits=x), [*WHOLE, 0, 1, 9, HUGE]),
+    "qconfig.activation_bits": (lambda x: QConfig(activation_bits=x), [*WHOLE, 0, 9, HUGE]),
     "qconfig.averaging_constant": (
-        lambda x: make_qconfig(averaging_constant=x),
+        lambda x: QConfig(averaging_constant=x),
         [*NEVER, 0, HUGE],
     ),
     "freeze_batch_norm_epoch": (
