@@ -124,8 +124,8 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"qconfig `{QCONFIG}`, random weights, noise of 224 x 224 (Inception 299 x 299), batch "
         f"{BATCH}, seed 0. Steps: a 255th of the range of the logits, mean over the logits; the "
-        "difference of INT8 and fake-quant beside that of fake-quant and FP32 (random networks amplify every "
-        "rounding; the trained one of the README does not). Latency: 1 image, 1 thread, medians of "
+        "difference of INT8 and fake-quant beside that of fake-quant and FP32 (random networks "
+        "amplify every rounding; the trained one of the README does not). Latency: 1 image, 1 thread, medians of "
         f"20 interleaved rounds, as ratios. {where['cpu']} "
         f"({'with' if where['vnni'] else 'without'} VNNI), torch {where['torch']}, "
         f"{where['date']}, commit {', '.join(commits)}: `python benchmarks/torchvision_models.py`. "

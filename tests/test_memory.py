@@ -13,12 +13,21 @@ from torch import Tensor, nn
 from lightning_qat.data import DigitsDataModule
 from lightning_qat.deployment.deployed import DeployedModel
 from lightning_qat.network import resnet18
+from lightning_qat.quantization import QCONFIGS
 from lightning_qat.quantization.convert import convert
-from lightning_qat.quantization.network import quantized_networks
+from lightning_qat.quantization.network import Quantization, prepare
 from lightning_qat.quantization.torch_model import torch_script
 from tests.conftest import GIVES_BACK
-from tests.deployment.artifacts import calibrated
 from tests.long_run import look
+
+
+def observing(net: nn.Module) -> Quantization:
+    """Fake-quantize ``net`` as in a training step."""
+    images = torch.rand(2, 3, 32, 32)
+    quantization = prepare(net, (images,), {}, lambda _: QCONFIGS["x86"])
+    quantization.example = (images,), {}
+    quantization.observe(True)
+    return quantization
 
 
 def kept_for_backward(net: nn.Module, batch_size: int) -> int:
@@ -44,8 +53,7 @@ def kept_for_backward(net: nn.Module, batch_size: int) -> int:
 def test_512_images_a_step_fit_in_8_gb(stage: str, budget: float) -> None:
     net: Any = resnet18(10).to(memory_format=torch.channels_last).train()
     if stage == "qat":
-        calibrated(net, torch.rand(2, 3, 32, 32)).train()
-        quantized_networks(net)[0].observe(True)
+        observing(net)
     few, more = kept_for_backward(net, 2), kept_for_backward(net, 4)
     of_an_image = (more - few) / 2
     at_512 = few + 510 * of_an_image
@@ -67,7 +75,11 @@ def grown_by_exports(stage: str) -> float:
     def export() -> int:
         net: Any = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4096))
         if stage == "int8":
-            net = convert(calibrated(net, torch.rand(2, 3, 32, 32)), "x86")
+            quantization = observing(net)
+            net(torch.rand(2, 3, 32, 32))
+            quantization.observe(False)
+            quantization.is_ready = True
+            net = convert(net.eval(), "x86")
         torch_script(DeployedModel(net, [0.5] * 3, [0.25] * 3))(torch.rand(1, 3, 32, 32))
         return look()["bytes"]
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
@@ -40,23 +41,24 @@ def int8_apart(callback: Any, *args: Any, **kwargs: Any) -> float:
 
 def in_onnx_runtime(net: nn.Module, *args: Any, **kwargs: Any) -> list[Tensor]:
     """What ONNX Runtime computes for a fake-quantized ``net``."""
-    return run_onnx(lower(net, args, kwargs), *args, **kwargs)[1]
+    return run_onnx(lower(net, args, kwargs), *args, **kwargs)
 
 
-def run_onnx(
-    program: ExportedProgram, *args: Any, **kwargs: Any
-) -> tuple[onnxruntime.InferenceSession, list[Tensor]]:
-    """A session of ONNX Runtime for a lowered network, and what it computes."""
+def run_onnx(program: ExportedProgram, *args: Any, **kwargs: Any) -> list[Tensor]:
+    """What ONNX Runtime computes for a lowered network."""
     given = tensors((args, kwargs))
     outputs = [f"y{i}" for i in range(len(program.graph_signature.user_outputs))]
     proto = export_onnx(program, [f"x{i}" for i in range(len(given))], outputs)
     options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.x64quantprecision", "1")  # else AVX2 saturates
+    weights = [x.name for x in proto.graph.initializer if x.data_type == onnx.TensorProto.INT8]
+    readers = [name for node in proto.graph.node for name in node.input if name in weights]
+    if len(set(readers)) == len(readers):  # ONNX Runtime cannot rewrite a shared weight
+        options.add_session_config_entry("session.x64quantprecision", "1")  # else AVX2 saturates
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
     inputs = {f"x{i}": x.numpy() for i, x in enumerate(given)}
     inputs = {x.name: inputs[x.name] for x in session.get_inputs()}
-    return session, [torch.from_numpy(y) for y in session.run(None, inputs)]
+    return [torch.from_numpy(y) for y in session.run(None, inputs)]
 
 
 def integer_layers(int8_model: nn.Module) -> list[str]:

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorData
 
 from lightning_qat import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_qat.quantization.base import QuantizationCallback
-from tests.quantization.networks import SmallModule, images
-from tests.quantization.test_callback import trainer_with
+from tests.quantization.comparisons import scales
+from tests.quantization.networks import SmallModule, images, trainer_with
 
 
 class Recorder(pl.Callback):
@@ -27,7 +27,13 @@ class Recorder(pl.Callback):
         self.losses.append(outputs["loss"].item())
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.validated = {name: x.clone() for name, x in pl_module.state_dict().items()}
+        self.validated = state_of(pl_module)
+
+
+def state_of(module: Any) -> dict[str, Any]:
+    """Weights, statistics, and scales."""
+    state = {name: x.clone() for name, x in module.state_dict().items()}
+    return state | scales(module.net)
 
 
 def fit(
@@ -56,7 +62,7 @@ def fit(
     return {
         "losses": recorder.losses,
         "validated": recorder.validated,
-        "state": module.state_dict(),
+        "state": state_of(module),
         "logits": callback.int8_model(x),
     }
 

@@ -3,30 +3,32 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import BaseFinetuning, ModelCheckpoint
 from torch import Tensor
 
 from lightning_qat import QuantizationAwareTraining
-from tests.quantization.networks import SmallModule, loader
-from tests.quantization.test_callback import trainer_with
+from lightning_qat.quantization.network import quantization_of
+from tests.quantization.comparisons import same, scales
+from tests.quantization.networks import SmallModule, loader, trainer_with
+
+pytestmark = pytest.mark.usefixtures("no_int8")
 
 
 class Recorder(pl.Callback):
-    """Scales and batch-norm statistics at the end of every epoch."""
+    """A statistic of batch-norm, a scale and a weight at the end of every epoch."""
 
     def __init__(self) -> None:
         self.epochs: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        conv: Any = pl_module.get_submodule("net.stem.0")
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        net = pl_module.net
+        quantization: Any = quantization_of(net)
+        scale = quantization.activation("stem/0/conv2d.0:out").qparams()[0]
         self.epochs.append(
-            (
-                conv.bn.running_mean.clone(),
-                conv.activation_post_process.scale.clone(),
-                conv.weight.detach().clone(),
-            )
+            (net.stem[1].running_mean.clone(), scale, net.stem[0].weight.detach().clone())
         )
 
 
@@ -35,10 +37,10 @@ def test_batch_norm_and_observers_freeze_at_their_epochs(tmp_path: Path) -> None
     callback = QuantizationAwareTraining(freeze_batch_norm_epoch=1, freeze_observer_epoch=2)
     trainer = trainer_with(callback, recorder, folder=tmp_path, max_epochs=4)
     trainer.fit(SmallModule(), loader(), loader(seed=1))
-    means, scale, weights = zip(*recorder.epochs, strict=True)
+    means, found, weights = zip(*recorder.epochs, strict=True)
     assert torch.equal(means[0], means[3])
-    assert not torch.equal(scale[0], scale[1])
-    assert torch.equal(scale[1], scale[3])
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(found[1], found[3])
     assert not torch.equal(weights[2], weights[3])
 
 
@@ -54,10 +56,9 @@ def test_a_run_resumed_inside_an_epoch_freezes_where_the_whole_one_does(tmp_path
 
     whole = fit()
     resumed = fit(tmp_path / "step=6.ckpt")  # the second of four steps in epoch 1
-    before, after = whole.net.state_dict(), resumed.net.state_dict()
-    for name in before:
-        if name.endswith(("scale", "running_mean")) and "weight_fake_quant" not in name:
-            assert torch.equal(before[name], after[name]), name
+    assert same(scales(whole.net), scales(resumed.net))
+    for one, other in zip(whole.net.buffers(), resumed.net.buffers(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_second_fit_trains_batch_norm_again_until_its_epoch(tmp_path: Path) -> None:
@@ -69,3 +70,31 @@ def test_a_second_fit_trains_batch_norm_again_until_its_epoch(tmp_path: Path) ->
     assert torch.equal(means[0], means[1])
     assert not torch.equal(means[1], means[2])
     assert torch.equal(means[2], means[3])
+
+
+class ThawsTheStem(BaseFinetuning):
+    """Trains the stem from the second epoch on."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.net.stem, train_bn=False)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net.stem, optimizer, train_bn=True)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_a_user_freezes_stays_frozen_until_thawed(first: bool, tmp_path: Path) -> None:
+    module, recorder = SmallModule(), Recorder()
+    module.net.block.bn1.eval()
+    before, mean = module.net.stem[0].weight.detach().clone(), module.net.block.bn1.running_mean
+    callbacks = [QuantizationAwareTraining(freeze_batch_norm_epoch=2), ThawsTheStem()]
+    order = callbacks if first else callbacks[::-1]
+    trainer_with(*order, recorder, folder=tmp_path, max_epochs=3).fit(module, loader())
+    means, _, weights = zip(*recorder.epochs, strict=True)
+    assert torch.equal(weights[0], before)
+    assert not torch.equal(weights[1], before)
+    assert torch.equal(means[0], torch.zeros(8))
+    assert not torch.equal(means[1], torch.zeros(8))
+    assert torch.equal(means[1], means[2])
+    assert torch.equal(mean, torch.zeros(8)), "batch-norm that was in evaluation mode"

@@ -1,18 +1,38 @@
 """What cannot work is refused, with the reason and the way out."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+import torch.nn.functional as F
+from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from pytorch_lightning.tuner import Tuner
 from torch import Tensor, nn
 
-from lightning_qat import PostTrainingQuantization, QuantizationAwareTraining
-from lightning_qat.quantization.check import check_same_function
-from tests.quantization.networks import SmallModule, SmallNet, images, loader
-from tests.quantization.test_callback import agreement, scales, trainer_with
+from lightning_qat import PostTrainingQuantization, QuantizationAwareTraining, UserError
+from tests.quantization.comparisons import int8_apart, same, scales
+from tests.quantization.networks import (
+    BuildsLate,
+    SmallModule,
+    SmallNet,
+    images,
+    loader,
+    trainer_with,
+)
+
+
+def refused(match: str, folder: Path, module: Any, *callbacks: Any, **settings: Any) -> None:
+    callbacks = callbacks or (QuantizationAwareTraining(),)
+    with pytest.raises(UserError, match=match):
+        trainer_with(*callbacks, folder=folder, **settings).fit(module, loader())
 
 
 def test_there_is_no_int8_model_before_fit() -> None:
@@ -20,16 +40,15 @@ def test_there_is_no_int8_model_before_fit() -> None:
         _ = QuantizationAwareTraining().int8_model
 
 
-def test_a_missing_target_is_named_with_what_there_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", [SmallModule, BuildsLate])
+def test_a_missing_target_is_named_with_what_there_is(module: Any, tmp_path: Path) -> None:
     callback = QuantizationAwareTraining(target="network")
-    with pytest.raises(ValueError, match=r"target='network'.*It has: net"):
-        trainer_with(callback, folder=tmp_path).fit(SmallModule(), loader())
+    refused(r"target='network'.*It has: net", tmp_path, module(), callback)
 
 
-def test_a_target_with_nothing_to_quantise_is_refused(tmp_path: Path) -> None:
+def test_a_target_with_nothing_to_quantize_is_refused(tmp_path: Path) -> None:
     callback = QuantizationAwareTraining(target="net.stem.2")
-    with pytest.raises(ValueError, match="no layer with an integer kernel"):
-        trainer_with(callback, folder=tmp_path).fit(SmallModule(), loader())
+    refused("calls no layer that could be quantized", tmp_path, SmallModule(), callback)
 
 
 class Branching(SmallNet):
@@ -39,75 +58,131 @@ class Branching(SmallNet):
         return super().forward(x if x.sum() > 0 else -x)
 
 
-def test_an_untraceable_network_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot trace Branching.*`target`"):
-        trainer_with(QuantizationAwareTraining(), folder=tmp_path).fit(
-            SmallModule(Branching()), loader()
-        )
+def test_a_network_that_torch_cannot_export_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    refused(r"cannot follow Branching.*`target`", tmp_path, SmallModule(Branching()))
 
 
-class NormalisesAnotherDimension(SmallNet):
-    """Batch-norm over channels behind a linear layer over features: fusing cannot keep that."""
+class TakesTurns(SmallNet):
+    """Calls other layers from step to step."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.mix, self.bn = nn.Linear(64, 8), nn.BatchNorm1d(8)
+        self.other, self.steps = nn.Conv2d(8, 8, 1), 0
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.bn(self.mix(self.stem(x).flatten(2))).mean(2))
+        self.steps += self.training
+        x = self.stem(x)
+        if self.training and self.steps % 2:
+            x = self.other(x)
+        return self.fc(self.block(x).mean((2, 3)))
 
 
-def test_a_batch_norm_that_cannot_be_fused_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"normalises the second.*`fuse=\[\]`"):
-        trainer_with(QuantizationAwareTraining(), folder=tmp_path).fit(
-            SmallModule(NormalisesAnotherDimension()), loader()
-        )
-    module, callback = SmallModule(NormalisesAnotherDimension()), QuantizationAwareTraining(fuse=[])
-    trainer_with(callback, folder=tmp_path).fit(module, loader())
-    assert agreement(callback) > 0.9
+def test_other_layers_from_step_to_step_are_refused(tmp_path: Path) -> None:
+    match = r"training calls 'other/conv2d.0' in some steps only.*no one INT8 model"
+    refused(match, tmp_path, SmallModule(TakesTurns()))
 
 
-def test_a_scale_that_was_never_observed_is_refused(tmp_path: Path) -> None:
-    callback = QuantizationAwareTraining(freeze_observer_epoch=0)
-    with pytest.raises(ValueError, match="freeze_observer_epoch has come before"):
-        trainer_with(callback, folder=tmp_path).fit(SmallModule(), loader())
+def test_layers_that_only_evaluation_calls_are_refused(no_int8: Any, tmp_path: Path) -> None:
+    class CallsMore(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other, self.calls = nn.Conv2d(8, 8, 1), False
 
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.fc((self.other(x) if self.calls else x).mean((2, 3)))
+
+    module = SmallModule(CallsMore())
+    trainer_with(QuantizationAwareTraining(), folder=tmp_path).fit(module, loader())
+    module.net.calls = True
+    with pytest.raises(UserError, match=r"evaluation calls 'other/conv2d.0'"):
+        module.net.eval()(images()[0])
+
+
+def test_a_weight_that_is_computed_from_the_input_is_refused_or_kept_in_float(
+    tmp_path: Path,
+) -> None:
+    class Dynamic(SmallNet):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.fc(F.conv2d(x, x.mean((2, 3), keepdim=True)[:1]).expand(-1, 8, -1, -1)
+                           .mean((2, 3)))  # fmt: skip
+
+    refused(r"the weight of 'conv2d' .*computed.*overrides=\{'conv2d': None\}", tmp_path,
+            SmallModule(Dynamic()))  # fmt: skip
+    callback = QuantizationAwareTraining(overrides={"conv2d": None})
+    trainer_with(callback, folder=tmp_path).fit(SmallModule(Dynamic()), loader())
+    assert int8_apart(callback, images()[0]) < 1e-5
+
+
+def test_a_value_that_is_changed_in_place_under_another_name_is_refused(tmp_path: Path) -> None:
+    class Hidden(SmallNet):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            total = x * 1
+            total.add_(self.block(x))
+            return self.fc(F.relu(total).mean((2, 3)))
+
+    refused("Hidden changes a tensor in place", tmp_path, SmallModule(Hidden()))
+
+
+def test_example_inputs_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    for wrong in (torch.rand(2, 4, 8, 8), (torch.rand(2, 3, 8, 8), 1), {"image": 1}):
+        callback = QuantizationAwareTraining(example_inputs=wrong)
+        refused("cannot be run on its example inputs: .*`example_inputs=`", tmp_path,
+                SmallModule(), callback)  # fmt: skip
+
+
+def test_a_network_that_training_does_not_run_is_refused(tmp_path: Path) -> None:
+    class NotYet(SmallModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.net.fc.weight.sum()
+
+    refused("does not call the SmallNet .*give the callback `example_inputs=`", tmp_path, NotYet())
+    shown = QuantizationAwareTraining(example_inputs=images(2)[0])
+    refused("training has run without the observers", tmp_path, NotYet(), shown)
+    frozen = QuantizationAwareTraining(freeze_observer_epoch=0)
+    refused("freeze_observer_epoch has come before", tmp_path, SmallModule(), frozen)
+
+
+def test_a_network_behind_another_name_is_quantized_all_the_same(tmp_path: Path) -> None:
     class Alias(SmallModule):
         def __init__(self) -> None:
             super().__init__()
             self.model = nn.Sequential(self.net)
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            x, labels = batch
-            return nn.functional.cross_entropy(self.model(x), labels)
+            return F.cross_entropy(self.model(batch[0]), batch[1])
 
-    with pytest.raises(ValueError, match="does not use 'net' itself"):
-        trainer_with(QuantizationAwareTraining(), folder=tmp_path).fit(Alias(), loader())
-
-
-def test_a_step_may_do_without_the_network(tmp_path: Path) -> None:
-    class TakesTurns(SmallModule):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return super().training_step(batch, batch_idx) if batch_idx % 2 else None
-
-    callback = QuantizationAwareTraining()
-    trainer_with(callback, folder=tmp_path).fit(TakesTurns(), loader())
-    assert agreement(callback) > 0.9
+    callback = QuantizationAwareTraining(target="net")
+    trainer_with(callback, folder=tmp_path).fit(Alias(), loader())
+    assert int8_apart(callback, images()[0]) < 1e-5
 
 
-def test_a_network_may_change_its_input_in_place(tmp_path: Path) -> None:
-    class Centres(SmallNet):
-        def forward(self, x: Tensor) -> Tensor:
-            x -= 0.5
-            return super().forward(x)
+class Diverges(SmallModule):
+    """The last batch of each epoch holds an infinity, in an image or in the loss."""
 
-    callback = QuantizationAwareTraining()
-    trainer_with(callback, folder=tmp_path).fit(SmallModule(Centres()), loader())
-    x, _ = images()
-    assert callback.int8_model(x.clone()).shape == (64, 4)
+    where = ""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, labels = batch
+        if self.where == "image" and batch_idx == 3:
+            x = x.clone()
+            x[0, 0, 0, 0] = torch.inf
+        loss = super().training_step((x, labels), batch_idx)
+        return loss * torch.nan if self.where == "loss" and batch_idx == 3 else loss
 
 
-def test_without_a_training_step_there_is_no_int8_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["x86", "w4a4_lsq"])
+@pytest.mark.parametrize("where", ["loss", "image"])
+def test_what_has_become_nan_is_not_converted(where: str, name: str, tmp_path: Path) -> None:
+    module = Diverges()
+    module.where = where
+    callback = QuantizationAwareTraining(name)
+    refused("NaN or infinite, so there is nothing to convert", tmp_path, module, callback)
+
+
+def test_without_a_training_step_there_is_no_int8_model(no_int8: Any, tmp_path: Path) -> None:
     callback = QuantizationAwareTraining()
     trainer_with(callback, folder=tmp_path).fit(SmallModule(), loader())
     with pytest.warns(UserWarning, match="nothing to convert"):
@@ -116,18 +191,7 @@ def test_without_a_training_step_there_is_no_int8_model(tmp_path: Path) -> None:
         _ = callback.int8_model
 
 
-def test_training_continues_after_a_calibration(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    module = SmallModule()
-    trainer_with(PostTrainingQuantization(), folder=tmp_path, max_epochs=1).fit(module, loader())
-    assert module.net.training
-    callback = QuantizationAwareTraining()
-    trainer_with(callback, folder=tmp_path).fit(module, loader())
-    assert module.net.block.conv1.bn.num_batches_tracked == 8
-    assert callback.in_float
-
-
-def test_an_interrupted_fit_leaves_observers_off(tmp_path: Path) -> None:
+def test_an_interrupted_fit_leaves_scales_alone(tmp_path: Path) -> None:
     class Fails(SmallModule):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             if batch_idx == 2:
@@ -135,14 +199,16 @@ def test_an_interrupted_fit_leaves_observers_off(tmp_path: Path) -> None:
             return super().training_step(batch, batch_idx)
 
     module = Fails()
-    with pytest.raises(KeyError, match="planted"):
-        trainer_with(QuantizationAwareTraining(), folder=tmp_path).fit(module, loader())
-    before = scales(module.net)
-    module.net.train()(images()[0] * 100)
-    assert all(torch.equal(before[name], x) for name, x in scales(module.net).items())
+    for callback in (PostTrainingQuantization(), QuantizationAwareTraining()):
+        with pytest.raises(KeyError, match="planted"):
+            trainer_with(callback, folder=tmp_path).fit(module, loader())
+        before = scales(module.net)
+        module.net.train()(images()[0] * 100)
+        assert same(before, scales(module.net))
+        assert module.automatic_optimization
 
 
-def test_a_best_checkpoint_of_the_float_network_is_not_converted(tmp_path: Path) -> None:
+def test_a_best_checkpoint_of_an_earlier_fit_is_not_converted(tmp_path: Path) -> None:
     module, best = SmallModule(), ModelCheckpoint(tmp_path, monitor="val_loss")
     trainer_with(best, folder=tmp_path, max_epochs=6).fit(module, loader(), loader(seed=1))
     callback = QuantizationAwareTraining()
@@ -150,70 +216,64 @@ def test_a_best_checkpoint_of_the_float_network_is_not_converted(tmp_path: Path)
     module.learning_rate = 3.0  # so that no epoch of it is the best
     with pytest.warns(UserWarning, match="the last weights are converted"):
         trainer.fit(module, loader(), loader(seed=1))
-    assert callback.int8_model(images()[0]).shape == (64, 4)
-
-
-def test_the_best_checkpoint_of_an_earlier_fit_is_not_converted(tmp_path: Path) -> None:
-    callback = QuantizationAwareTraining()
-    best = ModelCheckpoint(tmp_path, monitor="val_loss")
-    logits = []
-    for learning_rate in (0.05, 3.0):  # the second has no epoch as good as the first
-        torch.manual_seed(0)
-        module = SmallModule(learning_rate=learning_rate)
-        trainer_with(callback, best, folder=tmp_path).fit(module, loader(), loader(seed=1))
-        logits.append(callback.int8_model(images()[0]))
-    assert not torch.equal(*logits)
+    assert torch.equal(callback.networks["fake_quant"].fc.weight, module.net.fc.weight)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 def test_a_precision_without_float32_is_refused(precision: Any, tmp_path: Path) -> None:
-    trainer = trainer_with(QuantizationAwareTraining(), folder=tmp_path, precision=precision)
-    with pytest.raises(ValueError, match="Use '32-true' or 'bf16-mixed'"):
-        trainer.fit(SmallModule(), loader())
+    refused("Use '32-true' or 'bf16-mixed'", tmp_path, SmallModule(), precision=precision)
 
 
-def test_an_int8_model_is_not_trained(tmp_path: Path) -> None:
-    module, callback = SmallModule(), QuantizationAwareTraining()
-    trainer_with(callback, folder=tmp_path).fit(module, loader())
-    module.net = callback.int8_model
-    with pytest.raises(ValueError, match="INT8 model, whose integers cannot be trained"):
-        trainer_with(QuantizationAwareTraining(), folder=tmp_path).fit(module, loader())
+def test_an_int8_model_is_neither_trained_nor_moved(fitted: Any, tmp_path: Path) -> None:
+    int8_model = fitted[1].int8_model
+    refused("INT8 model, whose integers cannot be trained", tmp_path, SmallModule(int8_model))
+    assert int8_model.cpu() is int8_model
+    with pytest.raises(UserError, match="cannot go to meta"):
+        nn.Sequential(int8_model).to("meta")
 
 
-@pytest.mark.parametrize("copied", [False, True])
-def test_an_int8_model_stays_on_the_cpu(copied: bool, tmp_path: Path) -> None:
-    module, callback = SmallModule(), QuantizationAwareTraining()
-    trainer_with(callback, folder=tmp_path, max_epochs=1).fit(module, loader())
-    model = copy.deepcopy(callback.int8_model) if copied else callback.int8_model
-    assert model.engine == "x86"
-    assert model.cpu() is model
-    with pytest.raises(ValueError, match="cannot go to meta"):
-        nn.Sequential(model).to("meta")
+def test_a_compiled_network_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    module = SmallModule()
+    module.net = torch.compile(module.net, backend="eager")
+    refused("compile the LightningModule", tmp_path, module)
 
 
-class SeesTheEngine(nn.Module):
-    """Notes for which of torch's engines it is copied."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.engines: list[str] = []
-
-    def __deepcopy__(self, memo: Any) -> "SeesTheEngine":
-        self.engines.append(torch.backends.quantized.engine)
-        return self
-
-
-def test_a_copy_is_packed_for_the_same_engine(tmp_path: Path) -> None:
-    module, callback = SmallModule(), QuantizationAwareTraining("qnnpack")
-    trainer_with(callback, folder=tmp_path, max_epochs=1).fit(module, loader())
-    callback.int8_model.add_module("sees", sees := SeesTheEngine())
-    copy.deepcopy(callback.int8_model)
-    assert sees.engines == ["qnnpack"] != [torch.backends.quantized.engine]
+@pytest.mark.parametrize(
+    "second",
+    [
+        PostTrainingQuantization(),
+        QuantizationAwareTraining("qnnpack"),
+        QuantizationAwareTraining(target="net.block"),
+    ],
+)
+def test_two_callbacks_on_one_target_are_refused(second: Any, tmp_path: Path) -> None:
+    match = f"two callbacks would quantize '{second.target or ''}'"
+    refused(match, tmp_path, SmallModule(), QuantizationAwareTraining(), second)
 
 
-def test_a_network_that_computes_something_else_is_an_error() -> None:
-    net = SmallNet()
-    other = copy.deepcopy(net)
-    nn.init.zeros_(other.fc.weight)
-    with pytest.raises(RuntimeError, match="does not compute what SmallNet computed"):
-        check_same_function(net, other, (images()[0],), {})
+@pytest.mark.parametrize(
+    "average", [EMAWeightAveraging(), StochasticWeightAveraging(swa_lrs=0.1)], ids=["EMA", "SWA"]
+)
+def test_averaging_before_quantizing_is_refused(average: pl.Callback, tmp_path: Path) -> None:
+    match = "put QuantizationAwareTraining before it"
+    refused(match, tmp_path, SmallModule(), average, QuantizationAwareTraining())
+
+
+class BringsItsData(SmallModule):
+    """Has a batch size that can be found."""
+
+    batch_size = 16
+
+    def train_dataloader(self) -> Any:
+        return loader()
+
+
+@pytest.mark.parametrize("finder", [LearningRateFinder, BatchSizeFinder, None])
+def test_finders_are_refused_with_a_reason(finder: Any, tmp_path: Path) -> None:
+    callbacks = [QuantizationAwareTraining(), *([finder()] if finder else [])]
+    trainer = trainer_with(*callbacks, folder=tmp_path)
+    with pytest.raises(UserError, match="on the float network, without this callback"):
+        if finder:
+            trainer.fit(BringsItsData())
+        else:
+            Tuner(trainer).lr_find(BringsItsData())

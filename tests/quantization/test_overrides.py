@@ -1,162 +1,149 @@
-"""Layers with a qconfig of their own, and fusing by the user's hand."""
+"""Layers with a qconfig of their own."""
 
-import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torchvision
-from torch import nn
-from torch.ao import quantization as tq
-from torch.ao.nn import quantized as nnq
-from torch.ao.nn.intrinsic import qat as nniqat
-from torch.ao.nn.intrinsic import quantized as nniq
+from torch import Tensor, nn
 
-from lightning_qat import QuantizationAwareTraining
-from lightning_qat.quantization.check import check_same_function
-from lightning_qat.quantization.convert import convert
-from lightning_qat.quantization.prepare import prepare_qat
-from lightning_qat.quantization.qconfig import x86
-from tests.quantization.networks import Block, SmallModule, images, loader
-from tests.quantization.test_callback import agreement, trainer_with
-from tests.quantization.test_graph import count
-
-FOUR_BITS = tq.QConfig(
-    activation=x86().activation,
-    weight=tq.FusedMovingAvgObsFakeQuantize.with_args(
-        observer=tq.MovingAveragePerChannelMinMaxObserver,
-        quant_min=-8,
-        quant_max=7,
-        dtype=torch.qint8,
-        qscheme=torch.per_channel_symmetric,
-    ),
-)
+from lightning_qat import PostTrainingQuantization, QuantizationAwareTraining, UserError
+from lightning_qat.quantization import QCONFIGS, QConfig
+from lightning_qat.quantization.network import prepare, quantization_of
+from lightning_qat.quantization.overrides import Overrides
+from tests.quantization.comparisons import int8_apart, integer_layers
+from tests.quantization.networks import Block, SmallModule, SmallNet, images, loader, trainer_with
+from tests.quantization.training import forms, trained
 
 
-def fit(folder: Path, **settings: Any) -> tuple[SmallModule, QuantizationAwareTraining]:
-    torch.manual_seed(0)
-    module, callback = SmallModule(), QuantizationAwareTraining(**settings)
-    trainer_with(callback, folder=folder).fit(module, loader())
-    return module, callback
+def scheme_of(overrides: dict[Any, Any], base: str = "x86", net: nn.Module | None = None) -> Any:
+    """A prepared network with these overrides."""
+    net = net or SmallNet()
+    found = Overrides(QCONFIGS[base], overrides, None)
+    quantization = prepare(net, (images(2)[0],), {}, found.of(net))
+    found.refuse_idle()
+    return quantization
 
 
 @pytest.mark.parametrize(
-    ("key", "kept", "layer"),
+    ("key", "kept"),
     [
-        ("fc", ["fc"], nn.Linear),
-        ("block", ["block.conv1", "block.conv2"], nn.Sequential),
-        ("block.conv2", ["block.conv2"], nn.Sequential),
-        (nn.Linear, ["fc"], nn.Linear),
-        (Block, ["block.conv1", "block.conv2"], nn.Sequential),
-        (nn.Conv2d, ["stem.0", "block.conv1", "block.conv2"], nn.Sequential),
+        ("fc", {"fc"}),
+        ("block", {"block.conv1", "block.conv2"}),
+        ("block.conv2", {"block.conv2"}),
+        ("block.add", set()),
+        (nn.Linear, {"fc"}),
+        (Block, {"block.conv1", "block.conv2"}),
+        (nn.Conv2d, {"stem.0", "block.conv1", "block.conv2"}),
     ],
 )
-def test_layers_are_kept_in_float_by_name_or_type(
-    key: Any, kept: list[str], layer: type[nn.Module], tmp_path: Path
+def test_layers_are_kept_in_float_by_name_or_type(key: Any, kept: set[str]) -> None:
+    quantization = scheme_of({key: None})
+    assert quantization.plan.in_float == dict.fromkeys(kept, "as overrides ask")
+    layers = {name.rpartition(".")[0] for name in quantization.plan.weights}
+    assert layers == {"stem.0", "block.conv1", "block.conv2", "fc"} - kept
+    sums = {call.layer for call in quantization.plan.calls.values() if call.kind == "sum"}
+    assert sums == (set() if key in ("block.add", "block", Block) else {"block.add"})
+
+
+def test_a_network_with_layers_in_float_trains_and_converts(tmp_path: Path) -> None:
+    callback = QuantizationAwareTraining(overrides={"block.conv1": None, nn.Linear: None})
+    trainer_with(callback, folder=tmp_path).fit(SmallModule(), loader())
+    assert callback.in_float == dict.fromkeys(["block.conv1", "fc"], "as overrides ask")
+    assert sorted(integer_layers(callback.int8_model)) == ["block.conv2", "stem.0"]
+    assert int8_apart(callback, images(count=256, seed=5)[0]) < 1e-5
+
+
+def test_the_longest_name_wins_and_names_win_over_types() -> None:
+    overrides = {nn.Conv2d: None, "block": QCONFIGS["x86"], "block.conv1": None}
+    assert set(scheme_of(overrides).plan.weights) == {"block.conv2.weight", "fc.weight"}
+
+
+def test_only_one_layer_is_quantized(tmp_path: Path) -> None:
+    callback = PostTrainingQuantization("w4a4", only="block.conv2")
+    trainer_with(callback, folder=tmp_path, max_epochs=1).fit(SmallModule(), loader())
+    assert integer_layers(callback.int8_model) == ["block.conv2"]
+    with pytest.raises(UserError, match=r"no layer 'block.conv3'.*block.conv2"):
+        trainer_with(PostTrainingQuantization(only="block.conv3"), folder=tmp_path).fit(
+            SmallModule(), loader()
+        )
+
+
+@pytest.mark.parametrize(("base", "own", "limits"), [("x86", "w4a4", 15), ("w4a4", "w2a2_lsq", 3)])
+def test_the_bits_of_one_layer_are_those_of_what_it_takes_in(
+    base: str, own: str, limits: int
 ) -> None:
-    module, callback = fit(tmp_path, overrides={key: None})
-    reasons = {name for name, why in callback.in_float.items() if "overrides" in why}
-    assert set(kept) <= reasons
-    model = callback.int8_model
-    for name in kept:
-        assert type(model.get_submodule(name)) is layer
-        assert not any(isinstance(m, nn.BatchNorm2d) for m in model.get_submodule(name).modules())
-    assert sum(count(model, kind) for kind in (nnq.Conv2d, nnq.Linear)) == 4 - len(kept)
-    x, _ = images(count=256, seed=5)
-    with torch.no_grad():
-        difference = (model(x) - module.eval().net(x)).abs()
-    assert difference.max() < 0.05
-    assert torch.jit.script(model)(x).shape == (256, 4)
+    net = SmallNet()
+    overrides = Overrides(QCONFIGS[base], {"block.conv2": QCONFIGS[own]}, None)
+    quantization: Any = trained(net, images(32)[0], qconfig_of=overrides.of(net))
+    assert quantization.activation("block/conv1/conv2d.0:out").limits == (0, limits)
+    found = forms(net, images(32, seed=3)[0])
+    assert torch.equal(found.onnx, found.fake_quant)
 
 
-def test_first_and_last_layer_keep_eight_bits_in_a_four_bit_network(tmp_path: Path) -> None:
-    _, callback = fit(tmp_path, qconfig=FOUR_BITS, overrides={"stem": "x86", "fc": "x86"})
-    largest = {
-        name: layer.weight().int_repr().abs().max().item()
-        for name, layer in callback.int8_model.named_modules()
-        if isinstance(layer, nnq.Conv2d | nnq.Linear)
-    }
-    assert largest["stem.0"] == largest["fc"] == 127
-    assert largest["block.conv1"] <= 8
-    assert largest["block.conv2"] <= 8
-    assert agreement(callback) > 0.98
+def test_both_sides_of_a_sum_and_the_ends_keep_8_bits() -> None:
+    quantization: Any = scheme_of({}, "w2a2")
+    limits = {name: x.limits for name, x in quantization.activations.items()}
+    narrow = {"block/conv1/conv2d.0:out", "stem/0/conv2d.0:out"}  # what layers of 2 bits take in
+    assert {name for name, x in limits.items() if x == (0, 3)} == narrow
+    assert {x for name, x in limits.items() if name not in narrow} == {(0, 255)}
+    everywhere = QConfig(weight_bits=4, activation_bits=4, wide_ends=False)
+    net = SmallNet()
+    found: Any = prepare(net, (images(2)[0],), {}, lambda _: everywhere)
+    assert {x.limits[1] for x in found.weights.values()} == {7}
 
 
-def test_the_longest_name_wins_and_names_win_over_types(tmp_path: Path) -> None:
-    overrides = {nn.Conv2d: None, "block": "x86", "block.conv1": None}
-    _, callback = fit(tmp_path, overrides=overrides)
-    assert count(callback.int8_model, nnq.Conv2d) == 1
-    assert isinstance(callback.int8_model.get_submodule("block.conv2"), nnq.Conv2d)
+class SharesAWeight(nn.Module):
+    """The first, the second and the last layer have one weight, at 8, 2 and 8 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(192, 192) for _ in range(3))
+        self.second.weight = self.third.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x.flatten(1)).relu())
+        return self.third(x.relu())[:, :4]
 
 
+def test_layers_that_share_a_weight_stay_tied_and_agree() -> None:
+    net = SharesAWeight()
+    trained(net, images(32)[0], "w2a4")
+    assert net.first.weight is net.second.weight
+    found = forms(net, images(32, seed=3)[0])
+    torch.testing.assert_close(found.kernels, found.fake_quant, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("no_int8")
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"block.conv3": None}, "no layer 'block.conv3'.*block.conv1"),
-        ({nn.Conv3d: None}, "no layer <class 'torch.nn.modules.conv.Conv3d'>"),
+        ({nn.Conv3d: None}, "no layer of the type Conv3d"),
         ({"fc": "x87"}, "qconfig='x87' is unknown"),
         ({"fc": "qnnpack"}, "'fc' is for the engine 'qnnpack'"),
-        ({nn.BatchNorm2d: None}, "BatchNorm2d'> changes nothing"),
+        ({nn.BatchNorm2d: None}, "'BatchNorm2d' changes nothing"),
         ({"block.relu": None}, "'block.relu' changes nothing"),
         ({7: None}, "7 is neither the name of a layer nor a type"),
         (["fc"], "set it to a mapping"),
-        ({"": None}, "holds no layer"),
+        ({nn.Conv2d: None, nn.Linear: None}, "calls no layer that could be quantized"),
     ],
 )
 def test_overrides_that_mean_nothing_are_refused(
     overrides: Any, message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        fit(tmp_path, overrides=overrides)
+    with pytest.raises(UserError, match=message):
+        trainer_with(QuantizationAwareTraining(overrides=overrides), folder=tmp_path).fit(
+            SmallModule(), loader()
+        )
 
 
-def test_everything_in_float_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="kept in float by `overrides`"):
-        fit(tmp_path, overrides={nn.Conv2d: None, nn.Linear: None})
-
-
-def test_a_list_of_chains_is_fused_and_nothing_else(tmp_path: Path) -> None:
-    module, callback = fit(tmp_path, fuse=[["stem.0", "stem.1"]])
-    assert isinstance(module.net.get_submodule("stem.0"), nniqat.ConvBn2d)
-    assert type(callback.int8_model.get_submodule("block.bn1")) is nnq.BatchNorm2d
-    assert agreement(callback) > 0.9  # batch-norm by itself rounds once more
-
-
-@pytest.mark.parametrize(
-    "fuse", [[["stem.0", "stem.9"]], [["stem.1", "stem.0"]], [["fc", "block"]]]
-)
-def test_chains_that_cannot_be_fused_are_refused(fuse: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Give lists of names of submodules that follow"):
-        fit(tmp_path, fuse=fuse)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "make",
-    [
-        torchvision.models.quantization.resnet18,
-        torchvision.models.quantization.mobilenet_v2,
-        torchvision.models.quantization.googlenet,
-    ],
-)
-def test_a_network_made_for_eager_quantisation_is_taken_as_it_is(
-    make: Callable[..., nn.Module],
-) -> None:
-    torch.manual_seed(0)
-    net = make(weights=None, num_classes=10).train()
-    x = torch.randn(4, 3, 64, 64)
-    net(x)
-    called: list[bool] = []
-    fuse_model: Any = net.fuse_model
-    net.fuse_model = lambda is_qat: called.append(is_qat) or fuse_model(is_qat)  # type: ignore
-    before = copy.deepcopy(net)
-    prepared = prepare_qat(net, x86(), "x86")
-    check_same_function(before, prepared, (x,), {})
-    prepared.train()(x)
-    model = convert(prepared, "x86")
-    assert called == [True]
-    assert count(model, nniq.ConvReLU2d) > 5
-    assert not any(type(m) in (nn.Conv2d, nn.Linear, nn.BatchNorm2d) for m in model.modules())
-    assert torch.jit.script(model)(x).shape == (4, 10)
+def test_a_network_quantized_otherwise_is_refused(no_int8: Any, tmp_path: Path) -> None:
+    module = SmallModule()
+    trainer_with(QuantizationAwareTraining(), folder=tmp_path).fit(module, loader())
+    assert quantization_of(module.net)
+    for callback in (
+        QuantizationAwareTraining("qnnpack"), QuantizationAwareTraining(overrides={"fc": None})
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=r"quantized already, as .*x86"):
+            trainer_with(callback, folder=tmp_path).fit(module, loader())

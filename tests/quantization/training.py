@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -47,7 +46,6 @@ class Forms:
     kernels: Tensor
     onnx: Tensor
     int8_model: nn.Module
-    session: onnxruntime.InferenceSession
 
 
 @torch.no_grad()
@@ -55,5 +53,5 @@ def forms(net: nn.Module, x: Tensor, engine: str = "x86") -> Forms:
     """Run a trained ``net``, torch's integer kernels and ONNX Runtime on ``x``."""
     program: Any = lower(net, (x[:2],))
     int8_model = as_int8_model(program, net, engine)
-    session, (onnx,) = run_onnx(program, x)
-    return Forms(net(x), int8_model(x), onnx, int8_model, session)
+    (onnx,) = run_onnx(program, x)
+    return Forms(net(x), int8_model(x), onnx, int8_model)

@@ -2,14 +2,15 @@
 
 import copy
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 from torch.fx.graph_module import reduce_graph_module
+from torch.utils._pytree import tree_leaves
 
 from lightning_qat.errors import UserError
 
@@ -38,6 +39,24 @@ class Int8Model(fx.GraphModule):
         """The quantized engine of torch that its weights are packed for."""
         return self.meta["engine"]
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; a size that its graph does not take gets a graph of its own.
+
+        Raises:
+            UserError: torch.export cannot follow the network at this size.
+        """
+        leaves = tree_leaves((args, kwargs))
+        shapes = tuple(tuple(x.shape) for x in leaves if isinstance(x, Tensor))
+        if not self.meta.get("shapes") or all(map(_fits, shapes, self.meta["shapes"])):
+            with quantized_engine(self.engine):  # QNNPACK's sums follow the engine of the call
+                return super().__call__(*args, **kwargs)
+        from lightning_qat.quantization.convert import convert  # which makes these models
+
+        others = self.meta["others"]
+        if shapes not in others:
+            others[shapes] = convert(self.meta["source"], self.engine, (args, kwargs))
+        return others[shapes](*args, **kwargs)
+
     def __deepcopy__(self, memo: Any) -> Any:
         with quantized_engine(self.engine):  # torch packs the weights of the copy anew
             return super().__deepcopy__(memo)
@@ -64,6 +83,12 @@ class Int8Model(fx.GraphModule):
                 "only. Keep it there, and use the fake-quantized network on the GPU."
             )
         return super()._apply(fn, recurse)
+
+
+def _fits(shape: tuple[int, ...], permitted: Sequence[int | None]) -> bool:
+    """Return True where each size is the permitted one; None permits every size."""
+    sizes = zip(shape, permitted, strict=False)
+    return len(shape) == len(permitted) and all(n is None or size == n for size, n in sizes)
 
 
 def _load(engine: str, data: bytes) -> Int8Model:
