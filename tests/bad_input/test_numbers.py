@@ -12,10 +12,6 @@ from lightning_qat.data import DigitsDataModule
 from lightning_qat.data.image_datamodule import ImageDataModule
 from lightning_qat.errors import UserError
 from lightning_qat.module import ImageClassifier
-<<<<<<< HEAD
-=======
-from lightning_qat.quantization import QConfig
->>>>>>> core
 from tests.test_configs import CONF
 
 NAN, INF, HUGE = float("nan"), float("inf"), 10**30

@@ -67,9 +67,9 @@ def test_figures_are_those_of_a_direct_computation(net: Any) -> None:
         decibels(expected, first_output(net, "block.relu", x)), abs=0.01
     )
     assert row["sqnr_db"] < row["own_sqnr_db"] - 0.5
-    bn, weight = in_float.get_submodule("block.bn1"), in_float.get_submodule("block.conv1").weight
-    factor: Any = bn.weight / torch.sqrt(bn.running_var + bn.eps)  # type: ignore[operator]
-    folded = weight * factor[:, None, None, None]  # type: ignore[operator]
+    block: Any = in_float.get_submodule("block")
+    factor = block.bn1.weight / torch.sqrt(block.bn1.running_var + block.bn1.eps)
+    folded = block.conv1.weight * factor[:, None, None, None]
     assert row["weight_min"] == pytest.approx(folded.min().item())
     assert row["weight_max"] == pytest.approx(folded.max().item())
     assert row["activation_min"] == 0
