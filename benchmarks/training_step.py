@@ -37,7 +37,7 @@ NO_TIME = {"error": "no time was left"}
 datamodules: dict[str, pl.LightningDataModule] = {}  # loading one takes seconds
 
 
-class Ended(Exception):
+class EndedError(Exception):
     """The figures are there; what a fit does after its last step takes seconds."""
 
 
@@ -46,7 +46,7 @@ class End(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After the last step."""
-        raise Ended
+        raise EndedError
 
 
 def figures_of(stage: str, mode: str, overrides: list[str], steps: int, warm_up: int) -> Any:
@@ -64,7 +64,7 @@ def figures_of(stage: str, mode: str, overrides: list[str], steps: int, warm_up:
         ]
         try:
             fit(settings, StepTiming(str(path), steps, warm_up), Path(scratch))
-        except Ended:
+        except EndedError:
             return json.loads(path.read_text())
         except Exception as error:
             if mode == "eager":

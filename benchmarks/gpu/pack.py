@@ -3,11 +3,12 @@
     python benchmarks/gpu/pack.py outputs/gpu_pack
 
 Makes two folders in it, `1` and `2`, each under 60 MiB: a call can carry one of them. A batch of
-CIFAR-10 is one lossless WebP picture and a file of labels; run.py checks both against the official
-SHA-1. The images come from `--data-root`, and are fetched where they are not there.
+CIFAR-10 is one lossless WebP picture and a file of labels, with the official SHA-1 beside them.
+The images come from `--data-root`, and are fetched where they are not there.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from unpack import COLUMNS, SHA1
 
 from lightning_qat.data.cifar10_cache import build_cache, read_cache
 from lightning_qat.data.cifar10_records import BATCHES, CIFAR10_SHA1, Records
@@ -23,7 +25,6 @@ from lightning_qat.errors import UserError
 ROOT = Path(__file__).parents[2]
 PARTS = ("1", "2")
 LARGEST = 60 * 2**20  # bytes of a part
-COLUMNS = 20  # of images in a picture: WebP takes 16,383 pixels at most
 WHEELS = ("hydra-core", "omegaconf", "antlr4-python3-runtime")
 
 
@@ -50,6 +51,7 @@ def pack(folder: Path, root: Path, sha1: dict[str, str] = CIFAR10_SHA1) -> None:
         (folder / part).mkdir(parents=True)
         for name in names:
             save(batches[name], folder / part / name)
+        (folder / part / SHA1).write_text(json.dumps({name: sha1[name] for name in names}))
     wheels(folder / PARTS[-1])
     for part in PARTS:
         size = sum(file.stat().st_size for file in (folder / part).iterdir())

@@ -31,7 +31,7 @@ FORMAT = "lightning_qat gpu result 1"
 WORTH_STARTING = 60  # seconds, for a training that will be cut off
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """Nothing is started; the message says why and what to do."""
 
 
@@ -43,10 +43,12 @@ class Runner:
         out: gets what is to go back.
         until: seconds after ``START``.
         weights: the piece whose float weights go back.
+        form: of the results; that of a smoke run is another.
     """
 
-    def __init__(self, work: Path, out: Path, until: float, weights: str) -> None:
-        self.work, self.out, self.until, self.weights = work, out, until, weights
+    def __init__(self, work: Path, out: Path, until: float, weights: str, form: str) -> None:
+        self.work, self.out, self.until = work, out, until
+        self.weights, self.form = weights, form
         self.data: list[str] = []
         self.failed: list[str] = []
 
@@ -117,7 +119,7 @@ class Runner:
         if piece.trains and not piece.needs:
             (found,) = (self.work / piece.folder / "fp32").glob(f"*seed{figures['seed']}.ckpt")
             (self.work / "runs" / piece.name / "weights").write_text(str(found))
-        content = {"format": FORMAT, "piece": piece.name, "seconds": seconds, **figures}
+        content = {"format": self.form, "piece": piece.name, "seconds": seconds, **figures}
         partial = self.result(piece.name).with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=1) + "\n")
         partial.replace(self.result(piece.name))
@@ -169,7 +171,7 @@ def left_to_do(runner: Runner, wanted: list[Piece]) -> list[Piece]:
     """The pieces that have no result.
 
     Raises:
-        Refused: a file in a result's place is none; or there is no time for any piece.
+        RefusedError: a file in a result's place is none; or there is no time for any piece.
     """
     todo = []
     for piece in wanted:
@@ -179,18 +181,18 @@ def left_to_do(runner: Runner, wanted: list[Piece]) -> list[Piece]:
             continue
         try:
             content = json.loads(file.read_text())
-            known = (content["format"], content["piece"]) == (FORMAT, piece.name)
+            known = (content["format"], content["piece"]) == (runner.form, piece.name)
         except (ValueError, TypeError, KeyError):
             known = False
         if not known:
-            raise Refused(
-                f"{file} is no result of this program ({FORMAT!r}): move it away, and the piece "
-                "runs again."
+            raise RefusedError(
+                f"{file} is no result of this program ({runner.form!r}): move it away, and the "
+                "piece runs again. Nothing was started."
             )
     ready = [piece for piece in todo if not piece.needs or runner.result(piece.needs).exists()]
     if ready and min(map(runner.seconds, ready)) > runner.left():
         shortest = min(ready, key=runner.seconds)
-        raise Refused(
+        raise RefusedError(
             f"--until {runner.until:g} is too early for any piece: {shortest.name}, the shortest, "
             f"needs about {runner.seconds(shortest):.0f} s. Nothing was started."
         )
@@ -227,9 +229,9 @@ def main() -> int:
     args = parser.parse_args()
     wanted = pieces(args.smoke)
     work = args.pack.resolve() / ("smoke" if args.smoke else "work")
-    runner = Runner(work, args.out.resolve(), args.until, args.weights)
+    form = f"{FORMAT} smoke" if args.smoke else FORMAT
+    runner = Runner(work, args.out.resolve(), args.until, args.weights, form)
     todo = left_to_do(runner, wanted)
-    sys.path.insert(0, str(ROOT / "src"))
     unpack.check(args.pack, work / "cifar10")
     for folder in ("results", "logs", "runs"):
         (work / folder).mkdir(parents=True, exist_ok=True)
@@ -245,6 +247,6 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (Refused, unpack.PackError) as error:
+    except (RefusedError, unpack.PackError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
