@@ -53,18 +53,17 @@ class Piece:
 
 def pieces(smoke: bool) -> list[Piece]:
     """All of them, or one of each kind, tiny and on a CPU."""
-    sizes = ("--batch-size", "2", "--steps", "1", "--warm-up", "1", "--modes", "eager")
-    sizes = sizes if smoke else ()
-    big = sizes or ("--batch-size", "2048", "--steps", "5", "--warm-up", "2", "--modes", "eager")
-    stem = ("--model", "resnet18_imagenet_stem", "trainer=cpu") if smoke else ("trainer=gpu",)
-    steps = Piece(
-        "steps",
-        "benchmarks/training_step.py",
-        (*sizes, *stem, "--seconds", str(LIMIT)),
-        seconds=LIMIT,
-        limit=None if smoke else LIMIT + 15,  # for a compilation under way
+    script = "benchmarks/training_step.py"
+    stem = ("--model", "resnet18_imagenet_stem", "trainer=cpu")
+    # most CPUs emulate bf16, a hundred times slower
+    tiny = ("--precisions", "32-true", "--batch-size", "4", "--steps", "1", "--warm-up", "1")
+    big = ("--precisions", "bf16-mixed", "--batch-size", "2048", "--steps", "5", "--warm-up", "2")
+    limit = LIMIT + 15  # for a compilation under way
+    times = (
+        (*tiny, "--modes", "eager", *stem) if smoke else ("--seconds", str(LIMIT), "trainer=gpu")
     )
-    memory = ("--precisions", "bf16-mixed", *big, *stem)
+    memory = (*(tiny if smoke else big), "--modes", "eager", *(stem if smoke else ("trainer=gpu",)))
+    steps = Piece("steps", script, times, seconds=LIMIT, limit=None if smoke else limit)
     first, *others = [_seed(seed, smoke) for seed in ((0,) if smoke else (0, 1, 2))]
     return [
         steps,
@@ -74,7 +73,7 @@ def pieces(smoke: bool) -> list[Piece]:
         *(piece for road in others for piece in road),
         _deterministic("fp32", smoke),
         _deterministic("qat", smoke),
-        Piece("memory", "benchmarks/training_step.py", memory, seconds=25),
+        Piece("memory", script, memory, seconds=25),
         _few_bits("w2a2_lsq", smoke),
     ]
 
@@ -82,7 +81,7 @@ def pieces(smoke: bool) -> list[Piece]:
 def _train(name: str, folder: str, smoke: bool, *arguments: str, **others: Any) -> Piece:
     tiny = (
         "trainer=cpu",
-        "trainer.precision=32-true",  # most CPUs emulate bf16, a hundred times slower
+        "trainer.precision=32-true",
         "model=resnet18_imagenet_stem",
         "data.batch_size=10",
         "trainer.limit_train_batches=5",
@@ -93,6 +92,8 @@ def _train(name: str, folder: str, smoke: bool, *arguments: str, **others: Any) 
     # the CPU's time for one image is measured elsewhere
     device = tiny if smoke else ("trainer=gpu", "latency_seconds=2")
     arguments = (*arguments, "data.val_size=0", *device)
+    if smoke:
+        others["epochs"] = 0  # of five batches
     return Piece(name, "train.py", arguments, folder=folder, **others)
 
 
@@ -129,5 +130,5 @@ def _origin(smoke: bool) -> list[Piece]:
 def _deterministic(stage: str, smoke: bool) -> Piece:
     tiny = ("trainer=cpu", "model=resnet18_imagenet_stem", "data.batch_size=10")
     arguments = (f"stage={stage}", "data.val_size=0", *(tiny if smoke else ("trainer=gpu",)))
-    script, epochs = "benchmarks/deterministic.py", 4  # two trainings of two
+    script, epochs = "benchmarks/deterministic.py", 0 if smoke else 4  # two trainings of two
     return Piece(f"deterministic_{stage}", script, arguments, seconds=50, epochs=epochs, rate=stage)

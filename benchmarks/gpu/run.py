@@ -64,8 +64,9 @@ class Runner:
         """Images a second in training: as measured, else guessed."""
         if not self.result("steps").is_file():
             return dict(RATES)
-        eager = json.loads(self.result("steps").read_text())["precisions"]["bf16-mixed"]["eager"]
-        return {x: eager[x].get("loop_images_per_second", RATES[x]) for x in RATES}
+        found = json.loads(self.result("steps").read_text())["precisions"].get("bf16-mixed", {})
+        eager = found.get("eager", {})
+        return {x: eager.get(x, {}).get("loop_images_per_second", RATES[x]) for x in RATES}
 
     def seconds(self, piece: Piece) -> float:
         """What is left of it to do: an estimate."""
@@ -231,6 +232,8 @@ def main() -> int:
     work = args.pack.resolve() / ("smoke" if args.smoke else "work")
     form = f"{FORMAT} smoke" if args.smoke else FORMAT
     runner = Runner(work, args.out.resolve(), args.until, args.weights, form)
+    # or a piece, which has a session of its own, would outlive this
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     todo = left_to_do(runner, wanted)
     unpack.check(args.pack, work / "cifar10")
     for folder in ("results", "logs", "runs"):
