@@ -48,7 +48,7 @@ def small_pack(
     batches = {name: numbers.integers(0, 10, (IMAGES, 3073), np.uint8) for name in BATCHES}
     sha1 = {name: unpack._sha1(records) for name, records in batches.items()}
     (tmp_path / "data").mkdir()
-    np.savez(tmp_path / "data" / CACHE_NAME, **batches)
+    np.savez(tmp_path / "data" / CACHE_NAME, allow_pickle=False, **batches)
 
     def wheels(folder: Path) -> None:
         with zipfile.ZipFile(folder / "hydra.whl", "w") as wheel:
