@@ -11,6 +11,7 @@ Exit status: 0 done, 1 a piece failed, 2 nothing was started, and the message sa
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -157,15 +158,14 @@ class Runner:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """With all that it has started; it may save for three seconds."""
-    for way, patience in ((signal.SIGTERM, 3), (signal.SIGKILL, None)):
-        if process.poll() is not None:
-            return
-        os.killpg(process.pid, way)
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
+    """With all that it has started, which may outlive it; it may save for three seconds."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(3)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def left_to_do(runner: Runner, wanted: list[Piece]) -> list[Piece]:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 IMAGES = 2 * unpack.COLUMNS
 
 SCRIPT = """
-import json, os, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 what, run = sys.argv[1], Path(sys.argv[-1])
 run.mkdir(exist_ok=True, parents=True)
@@ -33,6 +33,7 @@ if what == "fails":
     sys.exit("it went wrong")
 if what == "hangs":
     if os.fork() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         (run / "child").write_text(str(os.getpid()))
     time.sleep(60)
 run.with_suffix(".json").write_text(json.dumps({"figure": what}))
