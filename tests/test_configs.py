@@ -86,6 +86,13 @@ def test_a_pair_of_data_and_model_may_have_its_own_recipe(
     assert (cfg.trainer.max_epochs, cfg.data.batch_size) == (3, 7)
 
 
+def test_the_recipe_for_a_cpu_trains_on_all_images_and_keeps_the_stem() -> None:
+    cfg = composed("recipe=cifar10_resnet18_cpu")
+    assert (cfg.trainer.max_epochs, cfg.data.val_size, cfg.model.net.stem) == (16, 0, "cifar")
+    assert cfg.model.learning_rate / cfg.data.batch_size == 0.4 / 512
+    assert cfg.model.milestones is None
+
+
 def test_biases_and_batch_norm_do_not_decay() -> None:
     cfg = composed()
     module = instantiate(cfg.model, num_classes=10, mean=[0.5] * 3, std=[0.2] * 3)
