@@ -36,7 +36,7 @@ class FinishedRun:
 
     Attributes:
         datamodule: not set up.
-        fp32, fake_quant, int8: networks that take normalised images; the last two are None where
+        fp32, fake_quant, int8: networks that take normalized images; the last two are None where
             there is no checkpoint to convert.
         description: of the INT8 files.
     """
@@ -49,7 +49,7 @@ class FinishedRun:
     description: Description
 
     def deployed(self, net: nn.Module) -> DeployedModel:
-        """With this run's normalisation in front."""
+        """With this run's normalization in front."""
         return DeployedModel(net, self.datamodule.mean, self.datamodule.std)
 
 

@@ -39,7 +39,7 @@ def test_batch_norm_gets_the_mean_of_its_batches(road: Road) -> None:
     images, _ = run.datamodule.on_after_batch_transfer(next(iter(loader)), 0)
     with torch.no_grad():
         sums = run.fp32.conv1._conv_forward(  # type: ignore[operator]
-            run.deployed(net).normalise(images), net.conv1.weight, None
+            run.deployed(net).normalize(images), net.conv1.weight, None
         ).mean((0, 2, 3))
     assert (net.bn1.running_mean - sums).norm() < 0.05 * sums.norm()
     assert not net.training

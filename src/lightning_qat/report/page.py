@@ -53,7 +53,7 @@ def write_report(metrics: dict[str, Any], evidence: Evidence, folder: Path) -> N
         "report.html.j2",
         metrics=metrics,
         evidence=evidence,
-        quantised="int8" in metrics["accuracy"],
+        quantized="int8" in metrics["accuracy"],
         verdict=_verdict(metrics, evidence),
         accuracy=_accuracy(metrics, evidence, ptq),
         ptq=_compare(metrics, ptq) if ptq else None,
