@@ -99,7 +99,7 @@ def test_the_numbers_are_those_of_the_definition_of_integer_arithmetic() -> None
     nn.init.uniform_(net[1].weight, -1, 1)
     x = images(16)[0]
     quantization: Any = trained(net, x)
-    call = quantization.plan.calls["0/conv2d.0"]
+    call = quantization.plan.calls["0/conv2d/0"]
     (scale, zero), (out_scale, out_zero) = (
         [float(v) for v in quantization.activation(name).qparams()]
         for name in (call.inputs[0], call.steps)

@@ -58,7 +58,7 @@ def test_a_histogram_cuts_off_outliers() -> None:
     for name in ("x86", "histogram_ptq"):
         torch.manual_seed(0)
         quantization: Any = trained(SmallNet(), x, name)
-        highest[name] = quantization.activation("stem/0/conv2d.0:in0").high.item()
+        highest[name] = quantization.activation("stem/0/conv2d/0:in0").high.item()
     assert highest["x86"] == 50
     assert highest["histogram_ptq"] < 40
 
