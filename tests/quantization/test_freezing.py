@@ -26,7 +26,7 @@ class Recorder(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         net = pl_module.net
         quantization: Any = quantization_of(net)
-        scale = quantization.activation("stem/0/conv2d/0:out").qparams()[0]
+        scale = quantization.activation("stem/0/conv2d.0:out").qparams()[0]
         self.epochs.append(
             (net.stem[1].running_mean.clone(), scale, net.stem[0].weight.detach().clone())
         )
