@@ -43,14 +43,12 @@ from tests.quantization.networks import (
         ({"limit_val_batches": 0, "max_steps": 3}, []),
         ({"detect_anomaly": True, "inference_mode": False}, []),
         ({}, [GradientAccumulationScheduler({0: 2, 1: 1})]),
-        ({"max_epochs": 50}, [EarlyStopping("val_loss", patience=0)]),
+        ({"max_epochs": 50}, [EarlyStopping("val_loss", min_delta=9.0, patience=0)]),
     ],
     ids=str,
 )
 def test_trainer_settings_work(settings: dict[str, Any], extra: Any, tmp_path: Path) -> None:
     module, callback = SmallModule(), QuantizationAwareTraining()
-    if extra and settings:
-        module.learning_rate = 3.0
     before = module.net.fc.weight.detach().clone()
     trainer = trainer_with(callback, *extra, folder=tmp_path, **settings)
     trainer.fit(module, loader(), loader(seed=1))
@@ -120,8 +118,11 @@ def test_the_checkpoint_of_an_exception_holds_the_scales(no_int8: Any, tmp_path:
 
     keep = OnExceptionCheckpoint(str(tmp_path), "broken")
     module = Fails()
+    trainer = trainer_with(
+        QuantizationAwareTraining(), keep, folder=tmp_path, enable_checkpointing=True
+    )
     with pytest.raises(KeyError, match="planted"):
-        trainer_with(QuantizationAwareTraining(), keep, folder=tmp_path).fit(module, loader())
+        trainer.fit(module, loader())
     again = QuantizationAwareTraining().load(SmallModule(), tmp_path / "broken.ckpt")
     assert same(scales(module.net), scales(again.net))  # type: ignore[arg-type]
 
