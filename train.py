@@ -1,4 +1,4 @@
-"""Train, quantise, measure: one run. `python train.py --help` shows what can be set."""
+"""Train, quantize, measure: one run. `python train.py --help` shows what can be set."""
 
 import shlex
 from pathlib import Path

@@ -22,7 +22,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qat.deployment.accuracy import accuracy, predict_test_set
-from lightning_qat.quantization.bias import round_biases
 from lightning_qat.quantization.convert import convert
 from lightning_qat.report.intervals import student
 from lightning_qat.report.sweep_configurations import LEAST_SEEDS, Configuration, configurations
@@ -69,7 +68,6 @@ def estimated_anew(run: FinishedRun, batches: int) -> float:
     net: Any = copy.deepcopy(run.fake_quant)
     run.datamodule.setup("fit")
     estimate_batch_norm(net, run, batches)
-    round_biases(net)
     int8 = run.deployed(convert(net, run.int8.engine))
     logits, labels = predict_test_set({"int8": int8}, run.datamodule)
     return accuracy(logits["int8"], labels)
@@ -77,13 +75,13 @@ def estimated_anew(run: FinishedRun, batches: int) -> float:
 
 @torch.no_grad()
 def estimate_batch_norm(net: nn.Module, run: FinishedRun, batches: int) -> None:
-    """Mean and variance of these batches, all weighing the same, with weights fake-quantised."""
+    """Take mean and variance of these batches, all weighing the same, with weights quantized."""
     deployed = run.deployed(net)
     norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean
-        norm.train()
+    net.train()  # in evaluation, a quantized network uses the statistics that it has
     for batch in itertools.islice(run.datamodule.train_dataloader(), batches):
         images, _ = run.datamodule.on_after_batch_transfer(batch, 0)
         deployed(images)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from lightning_qat.data.image_datamodule import ImageDataModule
 from lightning_qat.deployment import runtimes
-from lightning_qat.deployment.deployed import DeployedModel, torchscript
+from lightning_qat.deployment.deployed import DeployedModel
 from lightning_qat.deployment.description import Description
 from lightning_qat.deployment.onnx_export import save_onnx, to_onnx
 from lightning_qat.deployment.openvino_export import is_installed, save_openvino
 from lightning_qat.errors import UserError
-from lightning_qat.quantization.convert import Int8Model, quantised_engine
+from lightning_qat.quantization.torch_model import Int8Model, quantized_engine, torch_script
 from lightning_qat.targets import checked, named_in
 
 FILES = {"torchscript": ".ts", "onnx": ".onnx", "openvino": ".xml"}
@@ -36,7 +36,7 @@ class FinishedRun:
 
     Attributes:
         datamodule: not set up.
-        fp32, fake_quant, int8: networks that take normalised images; the last two are None where
+        fp32, fake_quant, int8: networks that take normalized images; the last two are None where
             there is no checkpoint to convert.
         description: of the INT8 files.
     """
@@ -49,7 +49,7 @@ class FinishedRun:
     description: Description
 
     def deployed(self, net: nn.Module) -> DeployedModel:
-        """With this run's normalisation in front."""
+        """With this run's normalization in front."""
         return DeployedModel(net, self.datamodule.mean, self.datamodule.std)
 
 
@@ -129,7 +129,7 @@ def int8_eager(run: FinishedRun, skipped: dict[str, str]) -> dict[str, Make]:
     model = run.deployed(int8)
 
     def make(threads: int) -> Runtime:
-        with quantised_engine(int8.engine):  # a copy packs its weights again
+        with quantized_engine(int8.engine):  # a copy packs its weights again
             return copy.deepcopy(model)
 
     return {"int8_eager": make}
@@ -151,7 +151,7 @@ def fp32_runtimes(run: FinishedRun, scratch: Path, skipped: dict[str, str]) -> d
         "fp32_channels_last": lambda _: (
             lambda images: channels_last(images.contiguous(memory_format=torch.channels_last))
         ),
-        "fp32_torchscript": lambda _: torchscript(copy.deepcopy(model)),
+        "fp32_torchscript": lambda _: torch_script(copy.deepcopy(model)),
     }
     size = run.datamodule.image_size
     proto = to_onnx(model, torch.rand(2, 3, size, size))

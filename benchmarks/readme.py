@@ -6,7 +6,7 @@ After a measurement on a quiet machine:
     python benchmarks/latency.py outputs/multiruns/<time>/<job>
     python benchmarks/peers.py outputs/multiruns/<time>/<job>
     python benchmarks/training.py
-    benchmarks/gpu.sh
+    python benchmarks/gpu/collect.py FOLDER    # see benchmarks/gpu/README.md
     cp outputs/multiruns/<time>/<job>/metrics.json benchmarks/results/<name>/<stage>.json
     python benchmarks/readme.py
 """

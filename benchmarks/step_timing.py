@@ -11,8 +11,9 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from torch.ao import quantization as tq
 from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_qat.quantization.network import quantized_networks
 
 MATRIX_SIZE = {"cuda": 8192, "cpu": 512}
 PRODUCTS = 20
@@ -21,7 +22,7 @@ PRODUCTS = 20
 class StepTiming(pl.Callback):
     """Times the data path alone, then the step alone, then both in Lightning's loop.
 
-    The network is as the fit has made it (fake-quantised, compiled, on its device), with observers
+    The network is as the fit has made it (fake-quantized, compiled, on its device), with observers
     and batch-norm statistics at work, as in the first epochs. Alone, the step is forward, loss,
     backward and optimizer, over and over on one batch.
 
@@ -52,7 +53,8 @@ class StepTiming(pl.Callback):
             return trainer.strategy.batch_to_device(next(batches), dataloader_idx=0)
 
         self.batch = fetch()
-        pl_module.get_submodule("net").apply(tq.enable_observer)
+        for quantization in quantized_networks(pl_module):
+            quantization.observe(True)
         start = time.perf_counter()
         self.step(trainer, pl_module)
         _wait(device)

@@ -1,32 +1,29 @@
-"""The README's tables of what was measured on a GPU, from the files that gpu.sh leaves.
+"""The README's tables of what was measured on a GPU, from the files that gpu/run.py leaves.
 
-python benchmarks/tables_gpu.py FOLDER    # as gpu.sh ends, of its $RESULTS/gpu
+python benchmarks/tables_gpu.py benchmarks/results/gpu
 """
 
+import itertools
 import json
 import math
 import statistics
 import sys
-from collections import defaultdict
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import t
-from tables_training import measured_how, ratio_table
 
 Results = dict[str, dict[str, Any]]
 
 NOT_YET = "not measured yet"
-STEMS = {"resnet18": "CIFAR stem", "resnet18_imagenet_stem": "ImageNet stem"}
 RUNS = {  # row of the table -> the names of its pieces
     "CIFAR stem": "{}_seed*",
-    "ImageNet stem": "imagenet_stem_{}_seed*",
     "`experiment=seed`": "seed_experiment_{}",
 }
 FEW_BITS = {"W4A4": "w4a4_lsq_seed*", "W2A2": "w2a2_lsq_seed*"}
-TARGETS = (0.94, 0.95, 0.96)
 PRECISIONS = ("32-true", "bf16-mixed")
+MODES = ("eager", "default")
 
 
 def load(folder: Path) -> Results:
@@ -36,7 +33,7 @@ def load(folder: Path) -> Results:
 
 def gpu_summary(results: Results) -> str:
     """All tables and their origin; what there is no result of says so."""
-    parts = (accuracy_table, few_bits_table, target_table, step_table, remarks, origins, races)
+    parts = (accuracy_table, few_bits_table, step_table, remarks, origins)
     return "\n\n".join(part(results) for part in parts)
 
 
@@ -75,54 +72,30 @@ def few_bits_table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def target_table(results: Results) -> str:
-    """The shortest schedule of the CIFAR stem whose mean accuracy reaches each target."""
-    schedules = defaultdict(list)
-    for run in _matching(results, "fp32_epochs*") + _matching(results, "fp32_seed*"):
-        schedules[run["epochs"]].append(run)
-    cells = []
-    for target in TARGETS:
-        reached = [
-            f"{_time(runs)} ({epochs} epochs, {_accuracy(runs, 'fp32')})"
-            for epochs, runs in sorted(schedules.items())
-            if statistics.mean(run["accuracy"]["fp32"] for run in runs) >= target
-        ]
-        cells.append(reached[0] if reached else "not reached" if schedules else NOT_YET)
-    head = " | ".join(f"{target:.0%}" for target in TARGETS)
-    return f"| CIFAR stem, FP32, training to | {head} |\n| --- |{' --- |' * len(TARGETS)}\n" + (
-        f"| shortest schedule | {' | '.join(cells)} |"
-    )
-
-
 def step_table(results: Results) -> str:
-    """One row a stem and precision, in the torch.compile mode in which FP32 + QAT is fastest."""
+    """One row a precision and torch.compile mode, of the CIFAR stem."""
     lines = [
         "| training step | torch.compile | FP32, ms | QAT, ms | QAT / FP32 | loop, images/s "
         "| data path / step | GPU memory | share of matrix rate |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for model, stem in STEMS.items():
-        for precision in PRECISIONS:
-            head = f"| {stem}, {precision} "
-            result = results.get(f"step_{model}_{precision}")
-            if result is None:
-                lines.append(f"{head}| {NOT_YET} |{' |' * 7}")
-                continue
-            mode, figures = min(
-                ((name, x) for name, x in result["modes"].items() if x["qat_over_fp32"]),
-                key=lambda item: sum(item[1][s]["step_ms"]["p50"] for s in ("fp32", "qat")),
-            )
-            both = [figures["fp32"], figures["qat"]]
-            cells = [
-                mode,
-                *(f"{x['step_ms']['p50']:.2f} (p95 {x['step_ms']['p95']:.2f})" for x in both),
-                f"{figures['qat_over_fp32']:.2f}",
-                " / ".join(f"{x['loop_images_per_second']:,.0f}" for x in both),
-                " / ".join(f"{x['data_ms']['p50'] / x['step_ms']['p50']:.1%}" for x in both),
-                " / ".join(_memory(x) for x in both),
-                " / ".join(f"{x['share_of_matrix_rate']:.0%}" for x in both),
-            ]
-            lines.append(f"{head}| {' | '.join(cells)} |")
+    steps = results.get("steps", {"precisions": {}})["precisions"]
+    for precision, mode in itertools.product(PRECISIONS, MODES):
+        head = f"| {precision} | {mode} "
+        figures = steps.get(precision, {}).get(mode)
+        if figures is None or any("error" in x for x in figures.values()):
+            lines.append(f"{head}| {NOT_YET if figures is None else 'failed'} |{' |' * 6}")
+            continue
+        both = [figures["fp32"], figures["qat"]]
+        cells = [
+            *(f"{x['step_ms']['p50']:.2f} (p95 {x['step_ms']['p95']:.2f})" for x in both),
+            f"{both[1]['step_ms']['p50'] / both[0]['step_ms']['p50']:.2f}",
+            " / ".join(f"{x['loop_images_per_second']:,.0f}" for x in both),
+            " / ".join(f"{x['data_ms']['p50'] / x['step_ms']['p50']:.1%}" for x in both),
+            " / ".join(_memory(x) for x in both),
+            " / ".join(f"{x['share_of_matrix_rate']:.0%}" for x in both),
+        ]
+        lines.append(f"{head}| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -138,12 +111,19 @@ def remarks(results: Results) -> str:
     runs = _matching(results, "fp32_seed*")
     latencies = [run["latency_ms"]["fp32_cuda"]["p50"] for run in runs if _has_cuda(run)]
     latency = f"{statistics.median(latencies):.2f} ms" if latencies else NOT_YET
+    memory = NOT_YET
+    if "memory" in results:
+        memory_of = results["memory"]
+        modes = memory_of["precisions"]["bf16-mixed"]["eager"]
+        memory = " / ".join(_memory(modes[stage]) for stage in ("fp32", "qat"))
+        memory += f" at batch {memory_of['batch_size']}"
     return (
         "Accuracy: of the test set, last weights, mean and range over the seeds; ±: 95 % t "
         "interval over the differences of each seed. Training: wall-clock of the fit. Step: "
-        "forward, loss, backward and optimizer at batch 512, with observers at work; 32-true has "
-        "TF32 in convolutions; two figures are FP32 / QAT; memory is what torch has reserved at "
-        "the peak; matrix rate: of an 8192 x 8192 x 8192 product in the same precision. Weights "
+        "forward, loss, backward and optimizer at batch 512, CIFAR stem, with observers at work; "
+        "32-true has TF32 in convolutions; two figures are FP32 / QAT; memory is what torch has "
+        f"reserved at the peak (eager, bf16-mixed, larger: {memory}); matrix rate: of an 8192 x "
+        "8192 x 8192 product in the same precision. Weights "
         f"of two runs with `trainer.deterministic=true`: {', '.join(same)}. One image, CIFAR "
         f"stem, FP32, eager: {latency}."
     )
@@ -151,19 +131,14 @@ def remarks(results: Results) -> str:
 
 def origins(results: Results) -> str:
     """Where, with what and when."""
+    how = "[benchmarks/gpu](benchmarks/gpu/README.md)"
     if not results:
-        return "No GPU was at hand: `benchmarks/gpu.sh` measures all of it on one."
+        return f"No GPU was at hand: {how} measures all of it on one."
     places = dict.fromkeys(
         f"{x['gpu'] or x['cpu']}, torch {x['torch']}, {x['date']}, commit {str(x['commit'])[:10]}"
         for x in (result["environment"] for result in results.values())
     )
-    return f"{'; '.join(places)}: `benchmarks/gpu.sh`."
-
-
-def races(results: Results) -> str:
-    """Against the origin's loop, a table for each stem."""
-    parts = [f"{ratio_table(x)}\n\n{measured_how(x)}" for x in _matching(results, "training_*")]
-    return "\n\n".join(parts) or f"The origin's loop on a GPU: {NOT_YET}."
+    return f"{'; '.join(places)}: {how}."
 
 
 def _matching(results: Results, names: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Every convolutional classification network of torchvision through the callback's passes.
+"""Every convolutional classification network of torchvision, quantized as the callback does it.
 
     python benchmarks/torchvision_models.py            # those that have no result yet
     python benchmarks/torchvision_models.py resnet18   # these, again
@@ -19,15 +19,14 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.ao import quantization as tq
 from torch.utils._pytree import tree_leaves
 
 from lightning_qat.atomic import atomic_path
-from lightning_qat.deployment.deployed import torchscript
 from lightning_qat.deployment.latency import measure_latency
 from lightning_qat.quantization.convert import convert
-from lightning_qat.quantization.prepare import prepare_qat
+from lightning_qat.quantization.network import prepare
 from lightning_qat.quantization.qconfig import QCONFIGS
+from lightning_qat.quantization.torch_model import torch_script
 from lightning_qat.report.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,7 +35,6 @@ BATCH = 4
 NOT_CONVOLUTIONAL = ("vit", "swin", "maxvit")
 # Published input sizes; a smaller one would leave Inception nothing to pool.
 SIZES = {"inception_v3": 299}
-LAYERS = nn.Conv2d | nn.Linear
 
 
 def logits(net: Any, images: Tensor) -> Tensor:
@@ -58,36 +56,41 @@ def measure(name: str) -> dict[str, Any]:
     logits(net, images)
     for batch_norm, momentum in zip(batch_norms, momenta, strict=True):
         batch_norm.momentum = momentum
-    layers = sum(isinstance(module, LAYERS) for module in net.modules())
     float_logits = logits(net.eval(), images)
 
-    prepared = prepare_qat(net.train(), QCONFIGS[QCONFIG](), QCONFIG)
-    optimizer = torch.optim.SGD(prepared.parameters(), lr=1e-4)
-    outputs = [x for x in tree_leaves(prepared(images)) if isinstance(x, Tensor)]
+    example: Any = ((images,), {})
+    quantization = prepare(net, *example, lambda _: QCONFIGS[QCONFIG])
+    quantization.example = example
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
+    quantization.observe(True)
+    outputs = [x for x in tree_leaves(net.train()(images)) if isinstance(x, Tensor)]
     sum(x.pow(2).mean() for x in outputs).backward()  # type: ignore[union-attr]
     optimizer.step()
     optimizer.zero_grad()
-    prepared.eval().apply(tq.disable_observer)
-    model = convert(prepared, QCONFIG)
-    in_float = sum(isinstance(module, LAYERS) for module in model.modules())
-    trained, integer = logits(prepared, images), logits(model, images)
-    step = _step_of_last_layer(prepared)
-    scripted = torchscript(model)
+    quantization.observe(False)
+    quantization.is_ready = True
+    model = convert(net.eval(), QCONFIG)
+    trained, integer = logits(net, images), logits(model, images)
+    step = (float_logits.amax() - float_logits.amin()).item() / 255
+    scripted = torch_script(model)
     if not torch.allclose(logits(scripted, images), integer, atol=0.1 * step):
         raise RuntimeError("TorchScript computes something else")
-    words = Counter(_in_words(prepared, name) for name in prepared.in_float)
-    del net, prepared, model, outputs, optimizer  # the largest network fits into 24 GB only so
+    in_float = quantization.plan.in_float | model.meta["in_float"]
+    layers = {call.layer for call in quantization.plan.calls.values() if call.kind == "layer"}
+    layers |= quantization.plan.in_float.keys()
+    words = Counter(_in_words(net, name, reason) for name, reason in in_float.items())
+    del net, quantization, model, outputs, optimizer  # the largest network fits into 24 GB only so
     gc.collect()
     fp32 = torchvision.models.get_model(name, weights=None).eval()
     runtimes = {
         "fp32_eager": fp32,
-        "fp32_torchscript": torchscript(fp32),
+        "fp32_torchscript": torch_script(fp32),
         "int8_torchscript": scripted,
     }
     latency = measure_latency(runtimes, images[:1], 20, 3)
     return {
-        "layers": layers,
-        "integer": layers - in_float,
+        "layers": len(layers),
+        "integer": len(layers - in_float.keys()),
         "in_float": words,
         "int8_vs_fake_quant_steps": {
             "mean": ((integer - trained).abs() / step).mean().item(),
@@ -99,21 +102,11 @@ def measure(name: str) -> dict[str, Any]:
     }
 
 
-def _step_of_last_layer(prepared: nn.Module) -> float:
-    scales: list[Any] = [
-        module.activation_post_process.scale
-        for module in prepared.modules()
-        if isinstance(module, LAYERS) and hasattr(module, "activation_post_process")
-        and hasattr(module.activation_post_process, "scale")
-    ]  # fmt: skip
-    return scales[-1].item()
-
-
-def _in_words(prepared: Any, name: str) -> str:
-    """What kind of thing it is that stays in float, and why."""
-    modules = dict(prepared.named_modules())
+def _in_words(net: nn.Module, name: str, reason: str) -> str:
+    """Return the kind of a layer that stays in float, and the reason."""
+    modules = dict(net.named_modules())
     kind = type(modules[name]).__name__ if name in modules else name.rstrip("_0123456789")
-    return f"{kind}: {prepared.in_float[name]}"
+    return f"{kind}: {reason}"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -130,9 +123,10 @@ def table(results: dict[str, Any]) -> str:
         *(f"- `{name}`: {error}" for name, error in failed.items()),
         "",
         f"qconfig `{QCONFIG}`, random weights, noise of 224 x 224 (Inception 299 x 299), batch "
-        f"{BATCH}, seed 0. Steps: of the logits' scale, mean over the logits; the difference of "
-        "INT8 and fake-quant beside that of fake-quant and FP32 (random networks amplify every "
-        "rounding; the trained one of the README does not). Latency: 1 image, 1 thread, medians of "
+        f"{BATCH}, seed 0. Steps: a 255th of the range of the logits, mean over the logits; the "
+        "difference of INT8 and fake-quant beside that of fake-quant and FP32 (random networks "
+        "amplify every rounding; the trained one of the README does not). Latency: 1 image, 1 "
+        "thread, medians of "
         f"20 interleaved rounds, as ratios. {where['cpu']} "
         f"({'with' if where['vnni'] else 'without'} VNNI), torch {where['torch']}, "
         f"{where['date']}, commit {', '.join(commits)}: `python benchmarks/torchvision_models.py`. "

@@ -1,50 +1,105 @@
 """What a training step costs in FP32 and in QAT, eager and compiled, on the device that there is.
 
-    python benchmarks/training_step.py --model resnet18 --precision bf16-mixed --out FILE
-    python benchmarks/training_step.py ... --modes eager default --steps 5 trainer=cpu
+    python benchmarks/training_step.py --out FILE
+    python benchmarks/training_step.py --modes eager --steps 5 --out FILE trainer=cpu
 
-Each variant is a fit of `train.py` in a process of its own, with random weights; what is measured
-in it says step_timing.py. `32-true` on a GPU has TF32 in its convolutions, torch's default. A
-compiled variant that fails is a result; an eager one that fails ends this. Arguments without dashes
-go to `train.py`.
+Each variant is a fit with random weights, all of them in this process; what is measured in it says
+step_timing.py. `32-true` on a GPU has TF32 in its convolutions, torch's default. FILE.json is
+written after each variant; after `--seconds` no other begins, and eager ones come first. A compiled
+variant that fails is a result; an eager one that fails ends this. Arguments without dashes go to
+the configuration.
 """
 
 import argparse
+import gc
+import itertools
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from fit_only import RANDOM_WEIGHTS, fit_only
-from record import RESULTS, origin, write
+import pytorch_lightning as pl
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from record import origin, write
+from step_timing import StepTiming
 
+CONF = Path(__file__).parents[1] / "conf"
 MODES = ["eager", "default", "reduce-overhead"]  # of torch.compile, but for the first
+PRECISIONS = ["bf16-mixed", "32-true"]
 STAGES = ["fp32", "qat"]
+NO_TIME = {"error": "no time was left"}
+
+datamodules: dict[str, pl.LightningDataModule] = {}  # loading one takes seconds
 
 
-def measure(stage: str, mode: str, overrides: list[str], steps: int, warm_up: int) -> Any:
+class EndedError(Exception):
+    """The figures are there; what a fit does after its last step takes seconds."""
+
+
+class End(pl.Callback):
+    """Ends the fit."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After the last step."""
+        raise EndedError
+
+
+def figures_of(stage: str, mode: str, overrides: list[str], steps: int, warm_up: int) -> Any:
     """The figures of one variant; where it cannot be compiled, ``error`` says why."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "figures.json"
-        timing = f"{{_target_:step_timing.StepTiming,path:{path},steps:{steps},warm_up:{warm_up}}}"
+        settings = [
+            *overrides,
+            f"stage={stage}",
+            f"model.compile={'null' if mode == 'eager' else mode}",
+            "model.weights=null",
+            "++model.starts_trained=false",
+            "trainer.max_epochs=1",
+            f"trainer.limit_train_batches={warm_up + 1 + steps}",
+        ]
         try:
-            fit_only(
-                Path(scratch),
-                *overrides,
-                f"stage={stage}",
-                f"model.compile={'null' if mode == 'eager' else mode}",
-                "data.val_size=0",
-                "trainer.max_epochs=1",
-                f"trainer.limit_train_batches={warm_up + 1 + steps}",
-                *RANDOM_WEIGHTS,
-                f"+callbacks.timing={timing}",
-            )
-        except RuntimeError as error:
+            fit(settings, StepTiming(str(path), steps, warm_up), Path(scratch))
+        except EndedError:
+            return json.loads(path.read_text())
+        except Exception as error:
             if mode == "eager":
                 raise
-            return {"error": str(error)}
-        return json.loads(path.read_text())
+            return {"error": f"{type(error).__name__}: {error}"[:2000]}
+        finally:
+            torch.compiler.reset()
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def fit(settings: list[str], timing: StepTiming, folder: Path) -> None:
+    """As `train.py` does, without its files."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", settings, return_hydra_config=True)
+    cfg.hydra.runtime.output_dir = str(folder)
+    HydraConfig.instance().set_config(cfg)
+    key = str(cfg.data)
+    if key not in datamodules:
+        datamodule = instantiate(cfg.data, _convert_="all")
+        datamodule.prepare_data()
+        loaded = datamodule.load()
+        datamodule.prepare_data = lambda: None
+        datamodule.load = lambda: loaded
+        datamodules[key] = datamodule
+    datamodule = datamodules[key]
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    given = {x: getattr(datamodule, x) for x in ("num_classes", "class_names", "mean", "std")}
+    module = instantiate(cfg.model, **given, _convert_="all")
+    callbacks: list[pl.Callback] = [timing, End()]
+    if cfg.callbacks.result.get("qconfig"):
+        callbacks.insert(0, instantiate(cfg.callbacks.result))
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = instantiate(cfg.trainer, callbacks=callbacks, enable_checkpointing=False, **quiet)
+    trainer.fit(module, datamodule=datamodule)
 
 
 def ratio(figures: dict[str, Any]) -> float | None:
@@ -57,19 +112,19 @@ def ratio(figures: dict[str, Any]) -> float | None:
 def markdown(result: dict[str, Any]) -> str:
     """One row a variant."""
     lines = [
-        f"# Training step: {result['model']}, {result['precision']}, batch {result['batch_size']}",
+        f"# Training step: {result['model']}, batch {result['batch_size']}",
         "",
         "| | step ms, p50 (p95) | QAT / FP32 | loop, images/s | data path, ms | first step, s "
         "| memory, GB | share of matrix rate |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for mode, figures in result["modes"].items():
-        for stage in STAGES:
-            x, head = figures[stage], f"| {stage}, {mode} "
+    for precision, modes in result["precisions"].items():
+        for mode, stage in itertools.product(modes, STAGES):
+            x, head = modes[mode][stage], f"| {stage}, {precision}, {mode} "
             if "error" in x:
-                lines.append(head + "| failed | | | | | | |")
+                lines.append(head + f"| {x['error'].splitlines()[0][:60]} | | | | | | |")
                 continue
-            over = figures["qat_over_fp32"] if stage == "qat" else None
+            over = ratio(modes[mode]) if stage == "qat" else None
             memory = x["peak_bytes"]
             lines.append(
                 f"{head}| {x['step_ms']['p50']:.2f} ({x['step_ms']['p95']:.2f}) "
@@ -96,32 +151,33 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     parser.add_argument("--batch-size", type=int, default=512)
-    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--warm-up", type=int, default=10)
-    parser.add_argument("--out", type=Path, help="without suffix; gets .json and .md")
+    parser.add_argument("--modes", nargs="+", default=MODES[:2], choices=MODES)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--warm-up", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--out", type=Path, required=True, help="without suffix")
     args, overrides = parser.parse_known_args()
-    what = [
-        f"model={args.model}",
-        f"trainer.precision={args.precision}",
-        f"data.batch_size={args.batch_size}",
-        *overrides,
-    ]
-    modes: dict[str, Any] = {}
-    for mode in args.modes:
-        figures = {s: measure(s, mode, what, args.steps, args.warm_up) for s in STAGES}
-        modes[mode] = figures | {"qat_over_fp32": ratio(figures)}
+    begin = time.monotonic()
+    shared = [f"model={args.model}", f"data.batch_size={args.batch_size}", "data.val_size=0"]
+    precisions: dict[str, Any] = {
+        precision: {mode: dict.fromkeys(STAGES, NO_TIME) for mode in args.modes}
+        for precision in args.precisions
+    }
     result = {
         "model": args.model,
-        "precision": args.precision,
         "batch_size": args.batch_size,
-        "modes": modes,
+        "precisions": precisions,
         **origin(),
     }
-    name = f"step_{args.model}_{args.precision}"
-    write(result, markdown(result), args.out or RESULTS / "gpu" / name)
+    variants = itertools.product(args.modes, args.precisions, STAGES)
+    for mode, precision, stage in variants:
+        if time.monotonic() - begin < args.seconds:
+            settings = [*shared, f"trainer.precision={precision}", *overrides]
+            figures = figures_of(stage, mode, settings, args.steps, args.warm_up)
+            precisions[precision][mode][stage] = figures
+            write(result, markdown(result), args.out)
 
 
 if __name__ == "__main__":

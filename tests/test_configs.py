@@ -86,6 +86,13 @@ def test_a_pair_of_data_and_model_may_have_its_own_recipe(
     assert (cfg.trainer.max_epochs, cfg.data.batch_size) == (3, 7)
 
 
+def test_the_recipe_for_a_cpu_trains_on_all_images_and_keeps_the_stem() -> None:
+    cfg = composed("recipe=cifar10_resnet18_cpu")
+    assert (cfg.trainer.max_epochs, cfg.data.val_size, cfg.model.net.stem) == (16, 0, "cifar")
+    assert cfg.model.learning_rate / cfg.data.batch_size == 0.4 / 512
+    assert cfg.model.milestones is None
+
+
 def test_biases_and_batch_norm_do_not_decay() -> None:
     cfg = composed()
     module = instantiate(cfg.model, num_classes=10, mean=[0.5] * 3, std=[0.2] * 3)
@@ -104,16 +111,16 @@ def test_biases_and_batch_norm_do_not_decay() -> None:
 @pytest.mark.parametrize("name", QCONFIGS)
 def test_every_named_qconfig_is_a_choice(name: str) -> None:
     qconfig = instantiate(composed("stage=qat", f"qconfig={name}").callbacks.result.qconfig)
-    assert qconfig.knobs == QCONFIGS[name]().knobs
+    assert qconfig == QCONFIGS[name]
     files = {path.stem for path in (CONF / "qconfig").glob("*.yaml")}
     assert files == {*QCONFIGS, "custom"}
 
 
 def test_a_scheme_of_ones_own_starts_from_the_default() -> None:
     custom = composed("stage=qat", "qconfig=custom").callbacks.result.qconfig
-    assert instantiate(custom).knobs == QCONFIGS["x86"]().knobs
+    assert instantiate(custom) == QCONFIGS["x86"]
     custom = composed("stage=qat", "qconfig=custom", "qconfig.weight_bits=3").callbacks.result
-    assert instantiate(custom.qconfig).knobs["weight_bits"] == 3
+    assert instantiate(custom.qconfig).weight_bits == 3
 
 
 @pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.stem)
@@ -130,10 +137,9 @@ def test_sensitivity_takes_every_layer_of_resnet18_alone() -> None:
         name for name, x in net.named_modules() if isinstance(x, torch.nn.Conv2d | torch.nn.Linear)
     ]
     callback = instantiate(cfg.callbacks.result)
-    assert callback.overrides[""] is None
-    qconfig = callback.overrides["layer2.0.conv1"]
-    for fake_quant in (qconfig.weight(), qconfig.activation()):
-        assert fake_quant.quant_max - fake_quant.quant_min == 15
+    assert callback.overrides.given[""] is None
+    qconfig = callback.overrides.given["layer2.0.conv1"]
+    assert (qconfig.weight_bits, qconfig.activation_bits) == (4, 4)
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "submitit_slurm"])

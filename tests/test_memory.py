@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qat.data import DigitsDataModule
-from lightning_qat.deployment.deployed import DeployedModel, torchscript
+from lightning_qat.deployment.deployed import DeployedModel
 from lightning_qat.network import resnet18
 from lightning_qat.quantization import QCONFIGS
 from lightning_qat.quantization.convert import convert
 from lightning_qat.quantization.network import Quantization, prepare
+from lightning_qat.quantization.torch_model import torch_script
 from tests.conftest import GIVES_BACK
 from tests.long_run import look
 
@@ -79,7 +80,7 @@ def grown_by_exports(stage: str) -> float:
             quantization.observe(False)
             quantization.is_ready = True
             net = convert(net.eval(), "x86")
-        torchscript(DeployedModel(net, [0.5] * 3, [0.25] * 3))(torch.rand(1, 3, 32, 32))
+        torch_script(DeployedModel(net, [0.5] * 3, [0.25] * 3))(torch.rand(1, 3, 32, 32))
         return look()["bytes"]
 
     export()

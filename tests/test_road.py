@@ -27,6 +27,8 @@ def test_int8_is_as_accurate_as_fp32(road: Road, stage: str) -> None:
 def test_int8_is_the_network_that_was_trained(road: Road, stage: str) -> None:
     metrics = road.metrics(stage)
     assert metrics["agreement"]["int8_vs_fake_quant"] >= 1 - 1 / metrics["test_images"]
+    assert metrics["agreement"]["onnx_vs_fake_quant"] == 1
+    assert metrics["bit_identical"]["onnx_vs_fake_quant"] == 1
 
 
 @pytest.mark.parametrize("stage", ["ptq", "qat"])
@@ -96,7 +98,9 @@ def test_the_exported_file_runs_integer_kernels(road: Road) -> None:
     model = torch.jit.load(road.job("qat") / "model_int8.ts")
     graph = str(model.inlined_graph)
     assert len(re.findall(r"quantized::conv2d(_relu)?\(", graph)) == 20
-    assert len(re.findall(r"quantized::linear\(", graph)) == 1
+    assert (
+        len(re.findall(r"quantized::linear_with_input_q_dq_qweight_dq_output_fp32\(", graph)) == 1
+    )
     assert len(re.findall(r"quantized::add_relu\(", graph)) == 8
     assert "aten::conv2d" not in graph
     assert "aten::batch_norm" not in graph

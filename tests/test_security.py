@@ -16,9 +16,10 @@ from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 
 from lightning_qat import targets
-from lightning_qat.checkpoint import best_weights, load_weights
+from lightning_qat.checkpoint import load_weights
 from lightning_qat.errors import UserError
 from lightning_qat.made_with import made_with
+from lightning_qat.quantization.checkpoints import below, load_best
 from tests.conftest import TRAIN, Train
 from tests.quantization.networks import SmallNet
 from tests.report.sweep_folder import add_job
@@ -129,7 +130,7 @@ def best(path: Path) -> dict[str, torch.Tensor]:
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     callback = SimpleNamespace(monitor="val", best_model_path=str(path))
     chosen = SimpleNamespace(checkpoint_callbacks=[callback], strategy=trainer.strategy)
-    return best_weights(cast(pl.Trainer, chosen), str(path), "net")
+    return below(load_best(cast(pl.Trainer, chosen), str(path))["state_dict"], "net")
 
 
 def test_the_best_checkpoint_may_hold_any_hyper_parameter(tmp_path: Path) -> None:

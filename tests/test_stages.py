@@ -82,7 +82,7 @@ def test_layers_are_kept_in_float_by_name(train: Train, road: Road) -> None:
     settings = ["stage=qat", "data=digits", *QUICK, f"fp32_ckpt={road.fp32_ckpt}"]
     status, printed = train(*settings, "overrides={fc:null,layer4.1.conv2:null}")
     assert status == 0, printed
-    assert "kept in float by `overrides`: layer4.1.conv2, fc" in printed
+    assert "In float, as overrides ask: layer4.1.conv2, fc" in printed
     status, printed = train(*settings, "overrides={fd:null}")
     assert status == 2
     assert "no layer 'fd'" in printed

@@ -1,6 +1,6 @@
 """The one place where deprecation warnings are silenced: those of torch about its own parts.
 
-Eager quantisation (torch.ao) and TorchScript are deprecated and work in every torch that this
+Eager quantization (torch.ao) and TorchScript are deprecated and work in every torch that this
 package supports; nobody who uses it can act on those warnings. Warnings about our code still show.
 """
 

@@ -22,18 +22,18 @@ class ImageClassifier(pl.LightningModule):
     """Trains a network to classify images.
 
     Args:
-        net: makes the network for ``num_classes``: normalised images N x 3 x H x W, float32 ->
+        net: makes the network for ``num_classes``: normalized images N x 3 x H x W, float32 ->
             logits N x ``num_classes``.
         num_classes: how many classes.
         class_names: by class index; weights that come trained must be of the same. None = any.
-        mean, std: normalisation of images in [0, 1], per channel.
+        mean, std: normalization of images in [0, 1], per channel.
         learning_rate: of SGD, for one process; with the one-cycle schedule its peak. Each of N
             processes takes a batch of its own, so that together they train with N times the rate
             (Goyal et al., "Accurate, Large Minibatch SGD", 2017).
         momentum, nesterov, weight_decay: of SGD.
         decay_all: let weight decay act on biases and batch-norm, too, not on the weights of layers
             only (He et al., "Bag of Tricks for Image Classification", 2018, section 3.1).
-        scale_learning_rate: of scales that fake-quantisers learn, as in LSQ, per process as well.
+        scale_learning_rate: of scales that fake-quantizers learn, as in LSQ, per process as well.
             None = ten times ``learning_rate``, because a fine-tuning is short. No weight decay.
         label_smoothing: share of the training target that all classes get alike (Szegedy et al.,
             "Rethinking the Inception Architecture", 2015, section 7).
@@ -41,7 +41,7 @@ class ImageClassifier(pl.LightningModule):
             "Super-Convergence", 2018), stepped every batch.
         weights: checkpoint of this class, or state dict of ``net``, to start from.
         weights_hint: what to do where there is no such file, for the error message.
-        starts_trained: ``weights`` must be there and of just this network, normalisation, classes;
+        starts_trained: ``weights`` must be there and of just this network, normalization, classes;
             otherwise published weights for other classes will do.
         distill: learn from what the network says that ``weights`` make, too: half of the loss is
             the cross-entropy with its probabilities (Hinton et al., "Distilling the Knowledge in a

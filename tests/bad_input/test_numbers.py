@@ -7,12 +7,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lightning_qat import QuantizationAwareTraining
+from lightning_qat import QConfig, QuantizationAwareTraining
 from lightning_qat.data import DigitsDataModule
 from lightning_qat.data.image_datamodule import ImageDataModule
 from lightning_qat.errors import UserError
 from lightning_qat.module import ImageClassifier
-from lightning_qat.quantization import QConfig
 from tests.test_configs import CONF
 
 NAN, INF, HUGE = float("nan"), float("inf"), 10**30

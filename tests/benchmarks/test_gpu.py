@@ -1,249 +1,265 @@
 import json
-import os
 import subprocess
 import sys
+import time
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import deterministic
+import collect
+import numpy as np
+import pack
+import parts
 import pytest
-import tables_gpu
-import torch
-import training_step
-from fit_only import fit_only
+import run as gpu_run
+import unpack
+from hydra import compose, initialize_config_dir
+from pieces import RATES, Piece, pieces
 
-from tests.benchmarks.test_latency import benchmark
+from lightning_qat.data.cifar10_cache import CACHE_NAME, read_cache
+from lightning_qat.data.cifar10_records import BATCHES
+from lightning_qat.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {"gpu": "A GPU", "torch": "2.11", "date": "2026-12-01", "commit": "0123456789abc"}
+IMAGES = 2 * unpack.COLUMNS
+
+SCRIPT = """
+import json, os, signal, sys, time
+from pathlib import Path
+what, run = sys.argv[1], Path(sys.argv[-1])
+run.mkdir(exist_ok=True, parents=True)
+if what == "fails":
+    sys.exit("it went wrong")
+if what == "hangs":
+    if os.fork() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        (run / "child").write_text(str(os.getpid()))
+    time.sleep(60)
+run.with_suffix(".json").write_text(json.dumps({"figure": what}))
+"""
 
 
-def gpu_sh(folder: Path, *args: str, python: str = sys.executable) -> tuple[int, str]:
-    variables = {"RESULTS": "results", "OUTPUT_DIR": "outputs", "TMPDIR": "."}
-    environment = {name: str(folder / path) for name, path in variables.items()}
-    done = subprocess.run(
-        [ROOT / "benchmarks" / "gpu.sh", *args],
-        env=os.environ | environment | {"PYTHON": python},
+@pytest.fixture
+def small_pack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, dict[str, Any], dict[str, str]]:
+    """Packed of 40 images a batch, with a wheel of nothing."""
+    numbers = np.random.default_rng(0)
+    batches = {name: numbers.integers(0, 10, (IMAGES, 3073), np.uint8) for name in BATCHES}
+    sha1 = {name: unpack._sha1(records) for name, records in batches.items()}
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / CACHE_NAME, allow_pickle=False, **batches)
+
+    def wheels(folder: Path) -> None:
+        with zipfile.ZipFile(folder / "hydra.whl", "w") as wheel:
+            wheel.writestr("carried/__init__.py", "")
+
+    monkeypatch.setattr(pack, "wheels", wheels)
+    pack.pack(tmp_path / "pack", tmp_path / "data", sha1)
+    return tmp_path / "pack", batches, sha1
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Callable[[float], Any]:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    for folder in ("results", "logs", "runs"):
+        (tmp_path / "work" / folder).mkdir(parents=True)
+
+    def make(seconds: float) -> Any:
+        until = time.monotonic() - gpu_run.START + seconds
+        out = tmp_path / "out"
+        return gpu_run.Runner(tmp_path / "work", out, until, "fp32_seed0", gpu_run.FORMAT)
+
+    return make
+
+
+def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks/gpu/run.py", "--pack", folder, *arguments],
         capture_output=True,
         text=True,
+        cwd=folder.parent,
     )
-    return done.returncode, done.stdout + done.stderr
 
 
-def run(accuracy: float = 0.96, int8: float | None = None, **others: Any) -> dict[str, Any]:
-    """The part of a metrics.json that the tables show."""
-    return {
-        "epochs": 100,
-        "command": "python train.py",
-        "accuracy": {"fp32": accuracy} | ({} if int8 is None else {"int8": int8}),
-        "latency_ms": {"fp32_cuda": {"p50": 1.234}},
-        "training": {"seconds": 120.0},
-        "environment": ENVIRONMENT,
-        **others,
-    }
+def piece(tmp_path: Path, name: str, what: str, **others: Any) -> Piece:
+    return Piece(name, str(tmp_path / "script.py"), (what,), **({"seconds": 1} | others))
 
 
-def step(ms: float, **others: Any) -> dict[str, Any]:
-    return {
-        "step_ms": {"p50": ms, "p95": ms + 1},
-        "data_ms": {"p50": 0.5},
-        "loop_images_per_second": 12345.6,
-        "peak_bytes": {"allocated": 3e9, "reserved": 4.25e9},
-        "share_of_matrix_rate": 0.4,
-        **others,
-    }
+def test_what_is_packed_comes_out_as_it_went_in(small_pack: Any, tmp_path: Path) -> None:
+    folder, batches, sha1 = small_pack
+    unpack.check(folder, tmp_path / "there")
+    assert unpack.data(folder, tmp_path / "there") == []
+    found = read_cache(tmp_path / "there", sha1)
+    assert found is not None
+    for name in BATCHES:
+        np.testing.assert_array_equal(found[name], batches[name])
+    unpack.wheels(folder, tmp_path / "site")
+    assert (tmp_path / "site" / "carried" / "__init__.py").is_file()
 
 
-def row(text: str, start: str) -> list[str]:
-    (line,) = (line for line in text.splitlines() if line.startswith(f"| {start} |"))
-    return [cell.strip() for cell in line.strip("|").split("|")]
+def test_the_smoke_run_takes_a_little_of_the_data_for_the_whole(
+    small_pack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unpack, "SMOKE_IMAGES", 4)
+    (override,) = unpack.data(small_pack[0], tmp_path / "there", smoke=True)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        sha1 = compose("train", [override]).data.sha1
+    found = read_cache(tmp_path / "there", sha1)
+    assert found is not None
+    assert len(found["test_batch"]) == 4
 
 
-def test_the_list_names_every_row_of_the_tables(tmp_path: Path) -> None:
-    status, printed = gpu_sh(tmp_path, "--list")
-    assert status == 0
-    names = [line.split()[0] for line in printed.splitlines()]
-    assert len(names) == len(set(names))
-    patterns = [x.format(stage) for x in tables_gpu.RUNS.values() for stage in ("fp32", "qat")]
-    patterns += ["ptq_seed*", "imagenet_stem_ptq_seed*", "fp32_epochs*", "training_*"]
-    for pattern in patterns:
-        assert any(tables_gpu.fnmatch(name, pattern) for name in names), pattern
-    for pieces in tables_gpu.FEW_BITS.values():
-        assert sum(tables_gpu.fnmatch(name, pieces) for name in names) == 3
-    steps = {f"step_{m}_{p}" for m in tables_gpu.STEMS for p in tables_gpu.PRECISIONS}
-    assert steps | {"deterministic_fp32", "deterministic_qat"} <= set(names)
-    for line in printed.splitlines():
-        assert 0 < int(line.split()[1]) <= 9  # minutes
-    assert list(tmp_path.iterdir()) == []
+def test_a_folder_in_use_is_not_packed_into(small_pack: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not empty"):
+        pack.pack(small_pack[0], tmp_path / "data", small_pack[2])
 
 
-def test_a_mistyped_name_is_refused(tmp_path: Path) -> None:
-    status, printed = gpu_sh(tmp_path, "--list", "fp32_seed[01]", "fp64_seed0")
-    assert status == 2
-    assert [x.split()[0] for x in printed.splitlines()[:2]] == ["fp32_seed0", "fp32_seed1"]
-    assert "no piece is called fp64_seed0" in printed
+def test_a_damaged_batch_is_named(small_pack: Any, tmp_path: Path) -> None:
+    labels = small_pack[0] / "2" / "test_batch.labels"
+    labels.write_bytes(bytes(IMAGES))
+    with pytest.raises(unpack.PackError, match=r"test_batch.webp is damaged: carry 2 again"):
+        unpack.data(small_pack[0], tmp_path / "there")
+    assert not (tmp_path / "there").exists()
 
 
-def test_what_has_a_result_is_left_alone_and_shown(tmp_path: Path) -> None:
-    result = tmp_path / "results" / "gpu" / "fp32_seed1.json"
-    result.parent.mkdir(parents=True)
-    result.write_text(json.dumps(run(0.9612)))
-    before = result.stat().st_mtime_ns
-    status, printed = gpu_sh(tmp_path, "fp32_seed1")
-    assert status == 0
-    assert "fp32_seed1: has its result" in printed
-    assert "96.12% (1 seed)" in printed
-    assert result.stat().st_mtime_ns == before
+@pytest.mark.parametrize("case", ["no data", "too early", "another format"])
+def test_what_cannot_be_done_is_said_once_and_nothing_is_written(
+    case: str, small_pack: Any, tmp_path: Path
+) -> None:
+    folder, until = small_pack[0], "500"
+    if case == "no data":
+        for file in (folder / "1").iterdir():
+            file.unlink()
+        message = "lacks data_batch_1.webp, data_batch_2.webp, data_batch_3.webp: carry both"
+    elif case == "too early":
+        until = "20"
+        message = "--until 20 is too early for any piece: memory, the shortest, needs about"
+    else:
+        result = folder / "work" / "results" / "steps.json"
+        result.parent.mkdir(parents=True)
+        result.write_text('{"format": "lightning_qat gpu result 0"}')
+        message = "steps.json is no result of this program"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    done = command(folder, "--until", until, "--out", str(tmp_path / "out"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_piece_that_fails_says_so_and_the_next_goes_on(tmp_path: Path) -> None:
-    status, printed = gpu_sh(tmp_path, "qat_seed[01]")  # there are no weights to start from
-    assert status == 1
-    for seed in range(2):
-        assert f"qat_seed{seed}: failed with status 2" in printed
-        assert f"seed{seed}.ckpt" in (tmp_path / f"outputs/qat_seed{seed}.log").read_text()
-    assert "failed: qat_seed0 qat_seed1" in printed
-    assert list((tmp_path / "results" / "gpu").iterdir()) == []
-
-
-def test_a_piece_without_a_result_has_failed(tmp_path: Path) -> None:
-    status, printed = gpu_sh(tmp_path, "step_resnet18_32-true", python="true")
-    assert status == 1
-    assert "step_resnet18_32-true: ended well but left no result" in printed
-
-
-def test_a_training_that_was_cut_off_goes_on_and_one_that_ended_starts_anew(tmp_path: Path) -> None:
-    folder = tmp_path / "outputs" / "fp32_seed0"
-    checkpoint = folder / "checkpoints" / "last.ckpt"
-    checkpoint.parent.mkdir(parents=True)
-    checkpoint.touch()
-    (folder / "metrics.json").write_text("{}")
-    status, printed = gpu_sh(tmp_path, "fp32_seed0", python="echo")  # shows what it is called with
-    assert status == 0, printed
-    log = (tmp_path / "outputs" / "fp32_seed0.log").read_text()
-    assert f"train.py hydra.run.dir={folder} " in log
-    assert f"ckpt_path={checkpoint}" in log
-    assert (tmp_path / "results" / "gpu" / "fp32_seed0.json").read_text() == "{}"
-    assert not checkpoint.exists()
-
-
-@pytest.mark.slow
-def test_the_step_is_timed_inside_a_fit(tmp_path: Path) -> None:
-    size = ("--steps", 3, "--warm-up", 1, "--batch-size", 32, "--modes", "eager")
-    done = benchmark(
-        "training_step.py", "trainer=cpu", "data=digits", *size, "--out", tmp_path / "step"
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "step.json").read_text())
-    eager = result["modes"]["eager"]
-    fp32, qat = eager["fp32"], eager["qat"]
-    assert qat["operations"] == fp32["operations"]  # of matrices and convolutions
-    multiply_adds = 32 * 0.556e9 / 4**2  # images of 8 x 8 pixels
-    assert fp32["operations"] == pytest.approx(2 * 3 * multiply_adds, rel=0.01)
-    for figures in (fp32, qat):
-        step_ms = figures["step_ms"]["p50"]
-        assert step_ms <= figures["step_ms"]["p95"]
-        assert figures["data_ms"]["p50"] < step_ms
-        rate = figures["operations"] / step_ms * 1e3
-        assert figures["share_of_matrix_rate"] * figures["matrix_rate"] == pytest.approx(rate)
-        assert figures["loop_images_per_second"] > 0
-    assert eager["qat_over_fp32"] == qat["step_ms"]["p50"] / fp32["step_ms"]["p50"]
-    table = (tmp_path / "step.md").read_text()
-    assert f"| qat, eager | {qat['step_ms']['p50']:.2f} " in table
-
-
-def test_a_network_that_does_not_compile_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any) -> None:
-        raise RuntimeError("no Triton")
-
-    monkeypatch.setattr(training_step, "fit_only", fail)
-    assert training_step.measure("qat", "default", [], 1, 1) == {"error": "no Triton"}
-    with pytest.raises(RuntimeError, match="no Triton"):
-        training_step.measure("qat", "eager", [], 1, 1)
-
-
-def test_a_fit_that_fails_says_why(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="Could not find 'data/nonsense'"):
-        fit_only(tmp_path, "data=nonsense")
-
-
-def test_nothing_measured_says_so_in_every_table() -> None:
-    text = tables_gpu.gpu_summary({})
-    for name in tables_gpu.RUNS:
-        assert set(row(text, name)[1:]) == {"not measured yet"}
-    assert set(row(text, "shortest schedule")[1:]) == {"not measured yet"}
-    assert row(text, "ImageNet stem, bf16-mixed")[1] == "not measured yet"
-    for bits in tables_gpu.FEW_BITS:
-        assert set(row(text, bits)[1:]) == {"not measured yet"}
-    assert text.count("not measured yet") == 18 + 6 + 3 + 4 + 3 + 1
-    assert "No GPU was at hand" in text
-
-
-def test_accuracy_is_that_of_all_seeds_and_differences_are_paired() -> None:
-    results = {
-        "fp32_seed0": run(0.9600),
-        "fp32_seed1": run(0.9620),
-        "fp32_epochs15_seed0": run(0.9, epochs=15),
-        "imagenet_stem_fp32_seed0": run(0.88),
-        "w4a4_lsq_seed0": run(0.96, 0.946, epochs=30),
-        "qat_seed0": run(0.9600, 0.9610, epochs=5, training={"seconds": 11.0}),
-        "qat_seed1": run(0.9620, 0.9632, epochs=5, training={"seconds": 13.0}),
-    }
-    text = tables_gpu.gpu_summary(results)
-    assert row(text, "CIFAR stem") == [
-        "CIFAR stem",
-        "100 + 5",
-        "96.10% (96.00 to 96.20, 2 seeds)",
-        "96.21% (96.10 to 96.32, 2 seeds)",
-        "+0.11 ± 0.13",  # t of 1 degree of freedom, 12.7, times 0.01
-        "not measured yet",
-        "120 s + 12 s",
+def test_what_fits_runs_in_order_and_a_failure_stops_nothing(
+    runner: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = [
+        piece(tmp_path, "first", "1"),
+        piece(tmp_path, "broken", "fails"),
+        piece(tmp_path, "after_broken", "2", needs="broken"),
+        piece(tmp_path, "long", "3", seconds=1000),
+        piece(tmp_path, "last", "4"),
     ]
-    assert row(text, "W4A4") == ["W4A4", "30", "94.60% (1 seed)", "-1.40 (1 seed)"]
-    assert row(text, "ImageNet stem")[2:4] == ["88.00% (1 seed)", "not measured yet"]
-    assert "A GPU, torch 2.11, 2026-12-01, commit 0123456789: `benchmarks/gpu.sh`" in text
-    assert "FP32, eager: 1.23 ms" in text
+    now = runner(30)
+    gpu_run.work_through(now, gpu_run.left_to_do(now, wanted))
+    printed = capsys.readouterr().out
+    assert "first: done" in printed
+    assert "broken: failed with status 1; its log ends:\n    it went wrong" in printed
+    assert "after_broken: not started: broken has not ended" in printed
+    assert "long: not started: needs about 1000 s" in printed
+    with zipfile.ZipFile(tmp_path / "out" / "results.zip") as file:
+        assert {"first.json", "last.json", "broken.log"} <= set(file.namelist())
+        content = json.loads(file.read("last.json"))
+    assert (content["format"], content["piece"], content["figure"]) == (gpu_run.FORMAT, "last", "4")
+
+    later = gpu_run.left_to_do(runner(30), wanted)
+    assert [x.name for x in later] == ["broken", "after_broken", "long"]
 
 
-def test_the_shortest_schedule_whose_mean_reaches_the_target() -> None:
-    results = {
-        "fp32_epochs15_seed0": run(0.9410, epochs=15, training={"seconds": 20.0}),
-        "fp32_epochs15_seed1": run(0.9400, epochs=15, training={"seconds": 22.0}),
-        "fp32_epochs30_seed0": run(0.9510, epochs=30, training={"seconds": 40.0}),
-        "fp32_epochs30_seed1": run(0.9480, epochs=30, training={"seconds": 40.0}),
-        "fp32_seed0": run(0.965),
-    }
-    cells = row(tables_gpu.gpu_summary(results), "shortest schedule")
-    assert cells[1].startswith("21 s (15 epochs, 94.05%")
-    assert cells[2].startswith("120 s (100 epochs")
-    del results["fp32_seed0"]
-    assert row(tables_gpu.gpu_summary(results), "shortest schedule")[2:] == 2 * ["not reached"]
+def test_the_time_that_is_left_goes_to_the_first_training_that_does_not_fit(
+    runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, begun = runner(100), []
+    monkeypatch.setattr(now, "run", lambda x: begun.append(x.name))
+    long = [Piece(name, "train.py", epochs=200) for name in ("long", "longer")]
+    gpu_run.work_through(now, [*long, piece(tmp_path, "short", "1")])
+    assert begun == ["short", "long"]
 
 
-def test_a_step_is_shown_in_its_fastest_mode_that_works() -> None:
-    modes = {
-        "eager": {"fp32": step(20), "qat": step(30), "qat_over_fp32": 1.5},
-        "default": {"fp32": step(10), "qat": step(12), "qat_over_fp32": 1.2},
-        "reduce-overhead": {"fp32": step(5), "qat": {"error": "..."}, "qat_over_fp32": None},
-    }
-    result = {"modes": modes, "environment": ENVIRONMENT}
-    text = tables_gpu.gpu_summary({"step_resnet18_bf16-mixed": result})
-    assert row(text, "CIFAR stem, bf16-mixed")[1:] == [
-        "default",
-        "10.00 (p95 11.00)",
-        "12.00 (p95 13.00)",
-        "1.20",
-        "12,346 / 12,346",
-        "5.0% / 4.2%",
-        "4.2 GB / 4.2 GB",
-        "40% / 40%",
-    ]
+def test_at_the_given_second_all_processes_end(
+    runner: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = runner(5)
+    gpu_run.work_through(now, [piece(tmp_path, "hangs", "hangs")])
+    assert "hangs: cut off after" in capsys.readouterr().out
+    child = (tmp_path / "work" / "runs" / "hangs" / "child").read_text()
+    status = Path(f"/proc/{child}/status")
+    for _ in range(50):  # a killed process ends when it is its turn
+        if not status.exists() or "zombie" in status.read_text():
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the child lives on")
+    assert list((tmp_path / "work" / "results").iterdir()) == []
 
 
-def test_one_bit_makes_two_runs_differ() -> None:
-    first = {"a": torch.ones(3), "b": torch.zeros(2, dtype=torch.int64), "c": torch.ones(1)}
-    second = {name: x.clone() for name, x in first.items()}
-    assert deterministic.differing(first, second) == []
-    second["a"][1] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
-    del second["c"]
-    assert deterministic.differing(first, second) == ["a", "c"]
+def test_estimates_follow_the_measured_rate_and_what_a_cut_training_has_done(runner: Any) -> None:
+    now = runner(100)
+    (fp32,) = (x for x in pieces(smoke=False) if x.name == "fp32_seed0")
+    assert now.seconds(fp32) == 30 + 100 * 50_000 / RATES["fp32"]
+    eager = {x: {"loop_images_per_second": 10_000} for x in RATES}
+    now.result("steps").write_text(json.dumps({"precisions": {"bf16-mixed": {"eager": eager}}}))
+    assert now.seconds(fp32) == 530
+    (now.work / "runs" / "fp32_seed0").mkdir()
+    (now.work / "runs" / "fp32_seed0" / "spent").write_text("400")
+    assert now.seconds(fp32) == 130
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_every_training_composes(smoke: bool) -> None:
+    listed = pieces(smoke)
+    names = [x.name for x in listed]
+    assert len(set(names)) == len(names)
+    assert names[:5] == ["steps", "fp32_seed0", "ptq_seed0", "qat_seed0", "w4a4_lsq_seed0"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for x in (x for x in listed if x.trains):
+            cfg = compose("train", [*x.arguments, "resume=true", "output_dir=x"])
+            assert cfg.data.val_size == 0
+            if not smoke and "ptq" not in x.name:
+                assert cfg.trainer.max_epochs == x.epochs
+            assert not x.needs or names.index(x.needs) < names.index(x.name)
+
+
+def test_weights_come_back_in_parts_and_replace_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "made" / "cifar10-resnet18-seed0.ckpt"
+    file.parent.mkdir()
+    file.write_bytes(np.random.default_rng(0).bytes(2 * parts.LARGEST + 5))
+    back = tmp_path / "back"
+    back.mkdir()
+    parts.split(file, back)
+    sizes = [(back / f"weights.{number}").stat().st_size for number in range(3)]
+    assert sizes == [parts.LARGEST, parts.LARGEST, 5]
+    result = json.dumps({"format": gpu_run.FORMAT, "piece": "steps"})
+    with zipfile.ZipFile(back / "results.zip", "w") as archive:
+        archive.writestr("steps.json", result)
+        archive.writestr("steps.log", "words")
+
+    results, weights = tmp_path / "results", tmp_path / "fp32"
+    written = collect.collect(back, results, weights)
+    assert written == [weights / file.name, results / "steps.json"]
+    assert (weights / file.name).read_bytes() == file.read_bytes()
+    assert collect.collect(back, results, weights) == []  # all there, all the same
+
+    (results / "steps.json").write_text("mine")
+    with pytest.raises(ValueError, match="is there and differs"):
+        collect.collect(back, results, weights)
+    assert (results / "steps.json").read_text() == "mine"
+
+    (back / "weights.1").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="has a damaged part"):
+        collect.collect(back, tmp_path / "new", tmp_path / "new")
+    with zipfile.ZipFile(back / "results.zip", "w") as archive:
+        archive.writestr("steps.json", '{"format": "lightning_qat gpu result 1 smoke"}')
+    with pytest.raises(ValueError, match=r"steps.json in results.zip is no result"):
+        collect.collect(back, tmp_path / "new", tmp_path / "new")
+    assert not (tmp_path / "new").exists()

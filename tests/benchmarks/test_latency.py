@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_qat.deployment import latency
-from lightning_qat.deployment.deployed import DeployedModel, save_torchscript, torchscript
+from lightning_qat.deployment.deployed import DeployedModel, save_torchscript
 from lightning_qat.deployment.description import PIXELS, UNIT, Description
 from lightning_qat.deployment.latency import LEAST_ROUNDS, measure_latency
 from lightning_qat.deployment.onnx_export import save_onnx, to_onnx
 from lightning_qat.deployment.openvino_export import is_installed, save_openvino
+from lightning_qat.quantization.torch_model import torch_script
 from tests.conftest import Road
 from tests.quantization.networks import SmallNet
 
@@ -126,7 +127,7 @@ def files(tmp_path: Path) -> list[Path]:
     proto = to_onnx(model, torch.rand(2, 3, 8, 8))
     paths = [tmp_path / "a.ts", tmp_path / "b.onnx", tmp_path / "c.onnx"]
     int8 = replace(DESCRIPTION, qconfig="x86")
-    save_torchscript(torchscript(model), paths[0], int8)
+    save_torchscript(torch_script(model), paths[0], int8)
     save_onnx(proto, paths[1], int8)
     save_onnx(proto, paths[2], DESCRIPTION)
     if is_installed():

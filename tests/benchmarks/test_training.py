@@ -16,6 +16,7 @@ from training_ours import Ours
 
 from lightning_qat.errors import UserError
 from lightning_qat.network import Stem, resnet18
+from lightning_qat.quantization.network import quantized_networks
 from tests.benchmarks.test_latency import Clock, benchmark
 from tests.test_readme import README
 
@@ -94,11 +95,11 @@ class Watch(pl.Callback):
     def __init__(self) -> None:
         self.first_weights: Tensor = torch.empty(0)
         self.batches: list[Any] = []
-        self.fake_quantises = False
+        self.is_quantized = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.first_weights = pl_module.net.fc.weight.detach().clone()
-        self.fake_quantises = any(isinstance(x, tq.FakeQuantizeBase) for x in pl_module.modules())
+        self.is_quantized = bool(quantized_networks(pl_module))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, index: int) -> None:
         self.batches.append(batch)
@@ -118,7 +119,7 @@ def test_our_runs_are_of_their_stage_and_begin_with_the_same_weights(tmp_path: P
         watch = Watch()
         ours.fit(stage, 2, watch, batch)
         assert watch.first_weights.equal(ours.net.fc.weight)
-        assert watch.fake_quantises == (stage == "qat")
+        assert watch.is_quantized == (stage == "qat")
         assert [len(x) for images, labels in watch.batches for x in (images, labels)] == [16] * 4
         same = all(images.equal(ready[0]) for images, _ in watch.batches)
         assert same == (batch is not None)

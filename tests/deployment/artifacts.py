@@ -11,7 +11,7 @@ from lightning_qat.deployment.description import PIXELS, UNIT, Description
 from lightning_qat.deployment.export import export as export_model
 from lightning_qat.quantization.network import prepare
 from lightning_qat.quantization.overrides import Overrides
-from lightning_qat.quantization.qconfig import named_qconfig
+from lightning_qat.quantization.qconfig import QConfig, named_qconfig
 from tests.quantization.networks import SmallNet
 
 CLASSES = ["cat", "dog", "[red]fox[/red]", "émeu"]
@@ -32,14 +32,18 @@ def description(**changes: Any) -> Description:
 
 @torch.no_grad()
 def calibrated(
-    net: nn.Module, x: Tensor, qconfig: str = "x86", overrides: dict[Any, Any] | None = None
-) -> nn.Module:
+    net: nn.Module,
+    x: Tensor,
+    qconfig: str | QConfig = "x86",
+    overrides: dict[Any, Any] | None = None,
+) -> Any:
     """`net` itself, quantized, with the ranges and the statistics of batch-norm that `x` gives."""
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = 1.0
     net.train()(x)
-    schemes = Overrides(named_qconfig(qconfig), overrides or {}, None)
+    scheme = named_qconfig(qconfig) if isinstance(qconfig, str) else qconfig
+    schemes = Overrides(scheme, overrides or {}, None)
     quantization = prepare(net.eval(), (x[:2],), {}, schemes.of(net))
     quantization.example = (x[:2],), {}
     quantization.observe(True)

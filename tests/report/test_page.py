@@ -100,9 +100,9 @@ def test_warnings_come_before_the_numbers(tmp_path: Path) -> None:
     assert words.index("Warning: OpenVINO agrees") < words.index("INT8 test accuracy")
 
 
-def test_fp32_run_says_that_nothing_is_quantised(tmp_path: Path) -> None:
+def test_fp32_run_says_that_nothing_is_quantized(tmp_path: Path) -> None:
     words = report("fp32", tmp_path / "run").words
-    assert words.count("Nothing is quantised in this run.") == 3
+    assert words.count("Nothing is quantized in this run.") == 3
     assert "python train.py stage=ptq data=digits" in words
 
 

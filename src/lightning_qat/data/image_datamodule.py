@@ -76,7 +76,7 @@ class ImageDataModule(pl.LightningDataModule):
         val_size: images of the training set kept for validation: a stratified choice, the same
             for every `seed`. 0 = no validation.
         seed: decides order and augmentation.
-        mean, std: per channel, of images in [0, 1]. The network normalises; here, the mean is the
+        mean, std: per channel, of images in [0, 1]. The network normalizes; here, the mean is the
             colour of `cutout`.
         crop_padding: pixels around an image before a random crop; 0 = no crop.
         padding_mode: `reflect` or `constant` (zeros).

@@ -47,7 +47,7 @@ def predict_test_set(
 
 
 def validate(models: dict[str, Model], datamodule: ImageDataModule) -> dict[str, Any]:
-    """What one quantisation may be preferred to another by: the test set must not decide.
+    """What one quantization may be preferred to another by: the test set must not decide.
 
     Args:
         models: ``fp32`` and, where there is one, ``int8``.

@@ -30,9 +30,9 @@ class DeployedModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Take RGB images N x 3 x H x W, float32 in [0, 1]; return logits N x classes, float32."""
-        return self.net(self.normalise(images))
+        return self.net(self.normalize(images))
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """Return what ``net`` takes, of images in [0, 1]."""
         return (images - self.mean) / self.std
 

@@ -21,8 +21,8 @@ class Description:
         max_value: the pixel value that stands for 1, where pixels go in.
         image_size: height and width of an image in pixels.
         input: ``UNIT`` or ``PIXELS``; N x 3 x height x width, RGB, in both cases.
-        mean, std: the normalisation inside the model, per channel, of images in [0, 1].
-        engine: the quantised engine of torch that a TorchScript file is packed for.
+        mean, std: the normalization inside the model, per channel, of images in [0, 1].
+        engine: the quantized engine of torch that a TorchScript file is packed for.
         accuracy: of this file on ``test_images`` test images, 0..1; None = not measured yet.
     """
 

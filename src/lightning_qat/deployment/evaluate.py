@@ -70,7 +70,7 @@ def evaluate(
     The accuracy of a file is measured of that file, loaded back, and then written into it.
 
     Args:
-        networks: ``fp32`` and, where there was quantisation, ``fake_quant`` and ``int8``.
+        networks: ``fp32`` and, where there was quantization, ``fake_quant`` and ``int8``.
         datamodule: set up already.
         folder: gets ``model_int8.ts``, ``.onnx`` and, where OpenVINO is installed, ``.xml``.
         run: what metrics.json says of the run before anything is measured.
@@ -150,7 +150,7 @@ def evaluate(
         unlike = (logits["fp32"].argmax(1) != logits["int8"].argmax(1)).nonzero().flatten()
         # training images: nothing may be chosen by what the test set shows
         images = _first_images(datamodule, datamodule.train_dataloader(), LAYER_IMAGES)
-        images = models["fp32"].normalise(images)
+        images = models["fp32"].normalize(images)
         layers = layer_damage(networks["fake_quant"], images)
     for warning in warnings:
         log.warning(warning)

@@ -19,7 +19,7 @@ class Evidence:
             first 24.
         sample_indices: int64 K, their indices in the test set.
         layers: worst first, empty without INT8. Keys: ``name``, ``kind``, ``sqnr_db`` (INT8 output
-            against float, end to end), ``own_sqnr_db`` (only this layer quantised; both None
+            against float, end to end), ``own_sqnr_db`` (only this layer quantized; both None
             without noise or signal), ``weight_min`` and ``weight_max`` (None where there is no
             weight), ``activation_min``, ``activation_max``, ``clipped`` (share, 0..1).
         files: the artifacts. Keys: ``name``, ``bytes``, ``runtime`` (``TorchScript``,

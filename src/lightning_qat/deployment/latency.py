@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_qat.deployment.description import PIXELS
 
-WARM_UP_ROUNDS = 20  # TorchScript optimises in its first runs
+WARM_UP_ROUNDS = 20  # TorchScript optimizes in its first runs
 ROUNDS = 10
 SECONDS = 20.0
 LEAST_ROUNDS = 3  # of warm-up and of measurement, however long they take

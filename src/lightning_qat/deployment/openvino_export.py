@@ -46,7 +46,7 @@ def save_openvino(proto: onnx.ModelProto, path: Path, description: Description) 
 def _keep_every_rounding(proto: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of ``proto`` in which OpenVINO leaves no rounding out.
 
-    Where it fuses convolution, quantise, sum and quantise into one kernel, its CPU plugin leaves
+    Where it fuses convolution, quantize, sum and quantize into one kernel, its CPU plugin leaves
     the first rounding out, if that comes right behind the convolution ("drop rounding one special
     residual pattern", dnnl_postops_composer.cpp): 16 % of the sums then come out one step off. A
     leaky ReLU of slope 1, which changes nothing, stands between the two. So it does in front of a
@@ -58,10 +58,10 @@ def _keep_every_rounding(proto: onnx.ModelProto) -> onnx.ModelProto:
         name for node in proto.graph.node if node.op_type in ("Add", "Sub") for name in node.input
     }
     is_int8 = any(node.op_type == "QuantizeLinear" for node in proto.graph.node)
-    quantised = {producers[name].input[0] for name in summands if name in producers}
+    quantized = {producers[name].input[0] for name in summands if name in producers}
     nodes: list[onnx.NodeProto] = []
     for node in proto.graph.node:
-        rounds_a_summand = node.op_type == "QuantizeLinear" and node.output[0] in quantised
+        rounds_a_summand = node.op_type == "QuantizeLinear" and node.output[0] in quantized
         if is_int8 and (rounds_a_summand or _swallows_a_rounding(node, proto, producers)):
             same = f"{node.output[0]}_same"
             nodes.append(

@@ -96,20 +96,29 @@ class Quantize(Calls):
         elif call.kind == "norm":
             output = self._norm(call, site, function, args, kwargs)
         else:
+            low, high = _clamp_limits(function, args, kwargs)
+            if self.owner.numbers is not None and high is not None:
+                # ONNX Runtime fuses no Clip in front of a quantizer
+                x = args[0] if args else kwargs["input"]
+                return self._quantize(call.output, x, (low, high))
             output = function(*args, **kwargs)
         return self._end(call, function, output, args, kwargs) if call.output else output
 
     # inputs and outputs -----------------------------------------------------------------------
 
-    def _quantize(self, name: str, x: Tensor) -> Tensor:
+    def _quantize(self, name: str, x: Tensor, within: tuple[float, float] | None = None) -> Tensor:
+        """Fake-quantize ``x``, or write the operators; ``within`` are limits of the real value."""
         owner = self.owner
         if owner.numbers is None:
             return owner.fake_quant(name, x)
         scale, zero_point = owner.numbers[name]
-        limits = owner.activation(name).limits
+        lowest, highest = owner.activation(name).limits
+        if within is not None:
+            low, high = (round(end / scale) + zero_point for end in within)
+            lowest, highest = max(lowest, low), min(highest, high)
         signed = owner.plan.activations[name].signed
         x = x if x.dtype == torch.float32 else x.float()
-        integers = _OPS.quantize(x, scale, zero_point, *limits, signed)
+        integers = _OPS.quantize(x, scale, zero_point, lowest, highest, signed)
         return _OPS.dequantize(integers, scale, zero_point)
 
     def _inputs(self, call: Call, operands: list[Tensor]) -> list[Tensor]:

@@ -36,8 +36,9 @@ def layer_damage(net: nn.Module, images: Tensor) -> list[dict[str, Any]]:
         - ``name``: its name in ``overrides``.
         - ``kind``: such as ``Conv2d + ReLU``; batch-norm is folded and not named.
         - ``sqnr_db``: of its output in the INT8 model, with the errors of all layers before it.
-        - ``own_sqnr_db``: with the layers before it in float, and its inputs, weights and output
-          rounded. Both are None where there is no noise, or no signal.
+        - ``own_sqnr_db``: with the layers before it in float, and its weights and output rounded;
+          its input, too, where no layer before it does that. Both are None where there is no
+          noise, or no signal.
         - ``weight_min``, ``weight_max``: with batch-norm folded in; None where it has no weights.
         - ``activation_min``, ``activation_max``: of its output in float.
         - ``clipped``: share, 0..1, of its float outputs that lie more than half a step outside of
@@ -53,7 +54,7 @@ def layer_damage(net: nn.Module, images: Tensor) -> list[dict[str, Any]]:
     quantization.observe(False)
     damages: dict[str, _Damage] = {}
     for batch in images.split(_IMAGES_AT_ONCE):
-        quantized = _Quantized(quantization)
+        quantized = _Quantized(quantization, damages)
         _run(quantization, quantized, batch)
         _run(quantization, _Comparison(quantization, quantized.ends, damages), batch)
     return sorted((damage.row(name) for name, damage in damages.items()), key=_by_own_sqnr)
@@ -101,8 +102,9 @@ class _Damage:
 class _Quantized(Quantize):
     """Runs the quantized network and keeps the values at the ends of its chains."""
 
-    def __init__(self, owner: Quantization) -> None:
+    def __init__(self, owner: Quantization, damages: dict[str, _Damage]) -> None:
         super().__init__(owner)
+        self.damages = damages
         self.ends: dict[str, Tensor] = {}
 
     def call(self, site: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -110,6 +112,17 @@ class _Quantized(Quantize):
         if first := _ended(self.owner, site):
             self.ends[first] = output.clone()  # later functions may work in place
         return output
+
+    def _finish(self, layer: Any, site: str, factor: Tensor | None, *rest: Any) -> Tensor:
+        """Note the range of the weight, with batch-norm folded in."""
+        weight = layer.operands[1]
+        fold = self._fold(layer.call, weight)
+        if factor is not None:
+            fold = along(factor, weight.ndim, layer.call.axis)
+        low, high = (weight if fold is None else weight * fold).aminmax()
+        damage = self.damages.setdefault(layer.call.layer, _Damage())
+        damage.weight_min, damage.weight_max = low.item(), high.item()
+        return super()._finish(layer, site, factor, *rest)
 
 
 class _Comparison(Quantize):
@@ -128,27 +141,36 @@ class _Comparison(Quantize):
         if call is None:
             return function(*args, **kwargs)
         if call.layer:
-            kind = "add" if call.kind == "sum" else _kind(function)
-            self.damages.setdefault(call.layer, _Damage([kind]))
-            alone = super().call(site, function, args, kwargs)
+            damage = self.damages.setdefault(call.layer, _Damage())
+            damage.kind = damage.kind or ["add" if call.kind == "sum" else _kind(function)]
+            alone = self._alone(site, function, args, kwargs)
         else:
             value = args[0] if args else kwargs["input"]
             _, before = self.alone.pop(id(value), (value, value))
             others = {name: x for name, x in kwargs.items() if name != "input"}
-            alone = super().call(site, function, (before, *args[1:]), others)
+            alone = self._alone(site, function, (before, *args[1:]), others)
         output = function(*args, **kwargs)
         if first := _ended(self.owner, site):
-            self._compare(first, function, call.output, output, alone)
+            clamp = _clamp(function, args, kwargs) if function in CLAMPS else ""
+            self._compare(first, clamp, call.output, output, alone)
         else:
             self.alone[id(output)] = output, alone
         return output
 
+    def _alone(self, site: str, function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """Round as in training, which leaves alone the inputs that other layers have rounded."""
+        self.owner.net.training = True
+        try:
+            return super().call(site, function, args, kwargs)
+        finally:
+            self.owner.net.training = False
+
     def _compare(
-        self, first: str, function: Any, quantizer: str, output: Tensor, alone: Tensor
+        self, first: str, clamp: str, quantizer: str, output: Tensor, alone: Tensor
     ) -> None:
         damage = self.damages[self.owner.plan.calls[first].layer]
-        if function in CLAMPS and len(damage.kind) == 1:
-            damage.kind.append(_kind(function))
+        if clamp and len(damage.kind) == 1:
+            damage.kind.append(clamp)
         damage.add(output, alone, self.quantized.pop(first))
         if quantizer:
             fake_quant = self.owner.activation(quantizer)
@@ -156,17 +178,6 @@ class _Comparison(Quantize):
             lowest, highest = fake_quant.limits
             steps = output / scale + zero_point
             damage.clipped += int(((steps < lowest - 0.5) | (steps > highest + 0.5)).sum())
-
-    def _finish(self, layer: Any, site: str, factor: Tensor | None, *rest: Any) -> Tensor:
-        """Note the range of the weight, with batch-norm folded in."""
-        weight = layer.operands[1]
-        fold = self._fold(layer.call, weight)
-        if factor is not None:
-            fold = along(factor, weight.ndim, layer.call.axis)
-        low, high = (weight if fold is None else weight * fold).aminmax()
-        damage = self.damages[layer.call.layer]
-        damage.weight_min, damage.weight_max = low.item(), high.item()
-        return super()._finish(layer, site, factor, *rest)
 
 
 def _ended(owner: Quantization, site: str) -> str:
@@ -190,6 +201,11 @@ def _run(quantization: Quantization, mode: Calls, images: Tensor) -> None:
 def _kind(function: Any) -> str:
     name = function.__name__.rstrip("_")
     return _KINDS.get(name, "".join(part.capitalize() for part in name.split("_")))
+
+
+def _clamp(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    limits = [*args[1:3], kwargs.get("min_val"), kwargs.get("max_val")]
+    return "ReLU6" if {0.0, 6.0} <= set(limits) else _kind(function)  # as torch's module calls it
 
 
 def _power(x: Tensor) -> float:

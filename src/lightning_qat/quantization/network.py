@@ -73,7 +73,8 @@ class Quantization(nn.Module):
     @property
     def is_exact(self) -> bool:
         """True where the network computes what integer kernels will compute."""
-        return not self.net.training and not self._observes and not self._is_identity
+        is_lowered = self.numbers is not None
+        return not (self.net.training or self._observes or self._is_identity or is_lowered)
 
     @property
     def is_active(self) -> bool:

@@ -1,4 +1,4 @@
-"""The size of a network whose weights are packed at their bits, and the range of its activations."""
+"""The size of a network with weights packed at their bits, and the range of its activations."""
 
 import operator
 from typing import Any
@@ -39,16 +39,18 @@ def activation_range(net: nn.Module) -> dict[str, Any]:
     """Return the highest integer of the activations of ``net``, and the reason for it.
 
     Returns:
-        ``quant_max`` (127 or 255), ``why`` in words, and ``saturates``: sums overflow on this CPU.
+        ``quant_min``, ``quant_max`` (127 or 255), ``why`` in words, and ``saturates``: sums
+        overflow on this CPU.
     """
     schemes = list(_quantization(net).plan.activations.values())
     low, high = max((q.activation_range for q in schemes), key=lambda x: x[1] - x[0])
+    limits = {"quant_min": low, "quant_max": high}
     if high - low <= 127:
         why = "sums of two products of such integers fit into 16 bits on every CPU"
-        return {"quant_max": high, "why": why, "saturates": False}
+        return limits | {"why": why, "saturates": False}
     why = "one bit more, for CPUs that sum in 32 bits: with VNNI, which this one has"
     why += "" if torch.cpu._is_vnni_supported() else " not"
-    return {"quant_max": high, "why": why, "saturates": any(map(saturates, schemes))}
+    return limits | {"why": why, "saturates": any(map(saturates, schemes))}
 
 
 def _quantization(net: nn.Module) -> Quantization:

@@ -1,4 +1,4 @@
-"""layers.csv: what quantisation does to each layer."""
+"""layers.csv: what quantization does to each layer."""
 
 import csv
 from pathlib import Path

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
+from lightning_qat.deployment.accuracy import identical
 from lightning_qat.deployment.evidence import Evidence
 from lightning_qat.report import plots, titles
 from lightning_qat.report.beside import Curve, command_for, find_ptq, read_curves
@@ -24,6 +25,7 @@ FILE_NAME = "report.html"
 _COLOURS = {"fp32": "fp32", "fake_quant": "fake-quant"}  # the others are INT8
 _PAIRS = [  # a network and what it is to agree with
     ("int8", "fake_quant"),
+    ("onnx", "fake_quant"),
     ("onnx", "int8"),
     ("openvino", "int8"),
     ("int8", "fp32"),
@@ -51,7 +53,7 @@ def write_report(metrics: dict[str, Any], evidence: Evidence, folder: Path) -> N
         "report.html.j2",
         metrics=metrics,
         evidence=evidence,
-        quantised="int8" in metrics["accuracy"],
+        quantized="int8" in metrics["accuracy"],
         verdict=_verdict(metrics, evidence),
         accuracy=_accuracy(metrics, evidence, ptq),
         ptq=_compare(metrics, ptq) if ptq else None,
@@ -208,6 +210,7 @@ def _agreement(evidence: Evidence) -> list[dict[str, Any]]:
                 "pair": f"{titles.NETWORKS[network]} and {titles.NETWORKS[other]}",
                 "share": 1 - differ / len(logits),
                 "differ": differ,
+                "identical": identical(logits, others),
                 "largest": float((logits - others).abs().max()),
             }
         )

@@ -74,13 +74,13 @@ def accuracy_latency(
 
 
 def curves(title: str, lines: dict[str, Curve]) -> Markup:
-    """Lines over the optimiser's steps, by the name they were logged under."""
+    """Lines over the optimizer's steps, by the name they were logged under."""
     with style():
         figure, axes = panel(2.1)
         for (name, (steps, values)), colour in zip(lines.items(), _LINES, strict=False):
             marker = "o" if len(steps) < 40 else None
             axes.plot(steps, values, color=COLOURS[colour], marker=marker, markersize=3, label=name)
-        axes.set_xlabel("optimiser step")
+        axes.set_xlabel("optimizer step")
         if len(lines) > 1:
             axes.legend(fontsize=8)
         return svg(figure, f"Training curve: {title}")
@@ -116,7 +116,7 @@ def sizes(files: Sequence[tuple[str, str, int]]) -> Markup:
 
 
 def layers(worst: Sequence[dict[str, Any]]) -> Markup:
-    """Two SQNRs a layer: everything up to it quantised, and only it."""
+    """Two SQNRs a layer: everything up to it quantized, and only it."""
     worst = worst[:MOST_LAYERS]
     with style():
         names = [layer["name"] for layer in worst]
@@ -126,15 +126,15 @@ def layers(worst: Sequence[dict[str, Any]]) -> Markup:
             if None not in ends:
                 axes.plot(ends, [row, row], color=COLOURS["line"], linewidth=2, zorder=1)
         for key, colour, label in (
-            ("own_sqnr_db", "ptq", "only this layer quantised"),
-            ("sqnr_db", "int8", "whole network quantised"),
+            ("own_sqnr_db", "ptq", "only this layer quantized"),
+            ("sqnr_db", "int8", "whole network quantized"),
         ):
             values = [math.nan if layer[key] is None else layer[key] for layer in worst]
             rows = range(len(worst))
             axes.plot(values, rows, "o", color=COLOURS[colour], markersize=5, label=label)
         axes.set_xlabel("SQNR, dB (right is better)")
         figure.legend(loc="outside lower center", ncols=2, fontsize=8, handletextpad=0.2)
-        return svg(figure, "Signal-to-quantisation-noise ratio of each layer, worst first")
+        return svg(figure, "Signal-to-quantization-noise ratio of each layer, worst first")
 
 
 def confusion(matrix: Tensor, class_names: Sequence[str]) -> Markup:

@@ -52,7 +52,7 @@ class Configuration:
 
     Attributes:
         label: the arguments by which it differs from the others of the sweep.
-        layer: the only one that was quantised; None = not such a run.
+        layer: the only one that was quantized; None = not such a run.
         latency: None = not measured.
     """
 
@@ -63,7 +63,7 @@ class Configuration:
 
     @property
     def network(self) -> str:
-        """Which network of its runs counts: ``int8`` or, where nothing is quantised, ``fp32``."""
+        """Which network of its runs counts: ``int8`` or, where nothing is quantized, ``fp32``."""
         return "int8" if "int8" in self.runs[0].metrics["accuracy"] else "fp32"
 
     @property
@@ -89,7 +89,7 @@ class Configuration:
 
     @property
     def gap(self) -> Estimate | None:
-        """INT8 - FP32 on the test set, seed by seed; None where nothing is quantised."""
+        """INT8 - FP32 on the test set, seed by seed; None where nothing is quantized."""
         if self.network == "fp32":
             return None
         gap = self._difference(self._all("accuracy", "int8"), self._all("accuracy", "fp32"))

@@ -84,7 +84,7 @@ def _load(configuration: Configuration) -> dict[str, Runtime]:
 def _fp32(
     configuration: Configuration, file: Runtime, known_targets: Collection[str]
 ) -> Callable[[Tensor], Tensor]:
-    """The network that ``file`` was quantised from, but for its weights."""
+    """The network that ``file`` was quantized from, but for its weights."""
     path = configuration.folder / ".hydra" / "config.yaml"
     described = file.description
     config = checked(OmegaConf.load(path).model.net, known_targets, path)

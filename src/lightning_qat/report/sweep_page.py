@@ -134,7 +134,7 @@ def _sensitivity(layers: Sequence[Configuration]) -> dict[str, Any]:
 
     def gap(layer: Configuration) -> Estimate:
         found = layer.validation_gap if on_validation else layer.gap
-        assert found is not None  # it is quantised
+        assert found is not None  # it is quantized
         return found
 
     def cost(layer: Configuration) -> float:

@@ -83,7 +83,7 @@ def lowest_shown(points: Sequence[Point]) -> float:
 
 
 def layers(names: Sequence[str], costs: Sequence[float], unit: str) -> Markup:
-    """A bar a layer, for what it costs to quantise it alone."""
+    """A bar a layer, for what it costs to quantize it alone."""
     with style():
         figure, axes = named_rows([_cut(name) for name in names])
         for row, cost in enumerate(costs):
@@ -95,7 +95,7 @@ def layers(names: Sequence[str], costs: Sequence[float], unit: str) -> Markup:
 
 
 def drops(names: Sequence[str], gaps: Sequence[Estimate], where: str) -> Markup:
-    """A dot and an interval a layer, for the accuracy lost by quantising it alone."""
+    """A dot and an interval a layer, for the accuracy lost by quantizing it alone."""
     with style():
         figure, axes = named_rows([_cut(name) for name in names])
         for row, gap in enumerate(gaps):
