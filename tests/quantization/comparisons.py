@@ -50,9 +50,10 @@ def run_onnx(program: ExportedProgram, *args: Any, **kwargs: Any) -> list[Tensor
     outputs = [f"y{i}" for i in range(len(program.graph_signature.user_outputs))]
     proto = export_onnx(program, [f"x{i}" for i in range(len(given))], outputs)
     options = onnxruntime.SessionOptions()
-    weights = [x.name for x in proto.graph.initializer if x.data_type == onnx.TensorProto.INT8]
-    readers = [name for node in proto.graph.node for name in node.input if name in weights]
-    if len(set(readers)) == len(readers):  # ONNX Runtime cannot rewrite a shared weight
+    weights = {x.name for x in proto.graph.initializer if x.data_type == onnx.TensorProto.INT8}
+    weights |= {node.output[0] for node in proto.graph.node if node.input[0] in weights}
+    read = [name for node in proto.graph.node for name in node.input if name in weights]
+    if len(set(read)) == len(read):  # ONNX Runtime cannot rewrite a weight that two layers share
         options.add_session_config_entry("session.x64quantprecision", "1")  # else AVX2 saturates
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options)

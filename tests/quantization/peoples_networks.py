@@ -118,9 +118,7 @@ class GivesList(Asserts):
 class Modules(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        sizes = [3, 8, 8, 8]
-        pairs = zip(sizes[:-1], sizes[1:], strict=True)
-        self.layers = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in pairs)
+        self.layers = nn.ModuleList(nn.Conv2d(i, 8, 3, padding=1) for i in (3, 8, 8))
         self.heads = nn.ModuleDict({"a": nn.Linear(8, 4), "b": nn.Linear(8, 2)})
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:

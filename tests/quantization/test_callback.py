@@ -5,7 +5,6 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
@@ -117,9 +116,7 @@ def test_the_best_weights_are_converted_where_something_is_monitored(tmp_path: P
     assert int8_apart(callback, images()[0]) < 1e-6
 
 
-def test_fit_again_goes_on_with_the_same_network(
-    fitted: Any, no_int8: Any, tmp_path: Path
-) -> None:
+def test_fit_again_goes_on_with_the_same_network(fitted: Any, no_int8: Any, tmp_path: Path) -> None:
     module = copy.deepcopy(fitted[0])
     net, before = module.net, module.net.fc.weight.detach().clone()
     ranges = scales(net)

@@ -272,8 +272,6 @@ class BringsItsData(SmallModule):
 def test_finders_are_refused_with_a_reason(finder: Any, tmp_path: Path) -> None:
     callbacks = [QuantizationAwareTraining(), *([finder()] if finder else [])]
     trainer = trainer_with(*callbacks, folder=tmp_path)
+    run = trainer.fit if finder else Tuner(trainer).lr_find
     with pytest.raises(UserError, match="on the float network, without this callback"):
-        if finder:
-            trainer.fit(BringsItsData())
-        else:
-            Tuner(trainer).lr_find(BringsItsData())
+        run(BringsItsData())

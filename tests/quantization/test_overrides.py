@@ -42,8 +42,9 @@ def test_layers_are_kept_in_float_by_name_or_type(key: Any, kept: set[str]) -> N
     assert quantization.plan.in_float == dict.fromkeys(kept, "as overrides ask")
     layers = {name.rpartition(".")[0] for name in quantization.plan.weights}
     assert layers == {"stem.0", "block.conv1", "block.conv2", "fc"} - kept
-    sums = {call.layer for call in quantization.plan.calls.values() if call.kind == "sum"}
-    assert sums == (set() if key in ("block.add", "block", Block) else {"block.add"})
+    sums = [call.layer for call in quantization.plan.calls.values() if call.kind == "sum"]
+    # a sum of two values that nobody has rounded is left in float
+    assert sums == ([] if key in ("block.add", "block", Block, nn.Conv2d) else ["block.add"])
 
 
 def test_a_network_with_layers_in_float_trains_and_converts(tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_the_bits_of_one_layer_are_those_of_what_it_takes_in(
     net = SmallNet()
     overrides = Overrides(QCONFIGS[base], {"block.conv2": QCONFIGS[own]}, None)
     quantization: Any = trained(net, images(32)[0], qconfig_of=overrides.of(net))
-    assert quantization.activation("block/conv1/conv2d.0:out").limits == (0, limits)
+    assert quantization.activation("block/conv1/conv2d/0:out").limits == (0, limits)
     found = forms(net, images(32, seed=3)[0])
     assert torch.equal(found.onnx, found.fake_quant)
 
@@ -84,7 +85,7 @@ def test_the_bits_of_one_layer_are_those_of_what_it_takes_in(
 def test_both_sides_of_a_sum_and_the_ends_keep_8_bits() -> None:
     quantization: Any = scheme_of({}, "w2a2")
     limits = {name: x.limits for name, x in quantization.activations.items()}
-    narrow = {"block/conv1/conv2d.0:out", "stem/0/conv2d.0:out"}  # what layers of 2 bits take in
+    narrow = {"block/conv1/conv2d/0:out", "stem/0/conv2d/0:out"}  # what layers of 2 bits take in
     assert {name for name, x in limits.items() if x == (0, 3)} == narrow
     assert {x for name, x in limits.items() if name not in narrow} == {(0, 255)}
     everywhere = QConfig(weight_bits=4, activation_bits=4, wide_ends=False)

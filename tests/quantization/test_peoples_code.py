@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qat import QuantizationAwareTraining
-from lightning_qat.quantization.network import quantization_of
+from lightning_qat.quantization import QCONFIGS
+from lightning_qat.quantization.network import prepare, quantization_of
 from tests.quantization.comparisons import apart, int8_apart
 from tests.quantization.networks import SmallModule, SmallNet, images, loader, trainer_with
 from tests.quantization.peoples_networks import Siamese
@@ -180,3 +181,12 @@ def test_a_network_may_change_its_input_in_place(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = callback.networks["fake_quant"](x.clone())
         assert apart(expected, callback.int8_model(x.clone())) < 1e-5
+
+
+def test_sync_batch_norm_is_folded_as_batch_norm_is() -> None:
+    kinds = []
+    for net in (SmallNet(), nn.SyncBatchNorm.convert_sync_batchnorm(SmallNet())):
+        plan = prepare(net, (images(2)[0],), {}, lambda _: QCONFIGS["x86"]).plan
+        kinds.append(sorted(call.kind for call in plan.calls.values()))
+    assert kinds[0] == kinds[1]
+    assert kinds[0].count("norm") == 3

@@ -20,11 +20,12 @@ def trained(
     qconfig: str | QConfig = "x86",
     qconfig_of: Callable[[str], QConfig | None] | None = None,
     steps: int = 2,
+    lr: float = 0.01,
 ) -> Quantization:
     """Give ``net`` a quantization whose ranges have seen ``x``, and leave it in evaluation mode."""
     scheme = QCONFIGS[qconfig] if isinstance(qconfig, str) else qconfig
     quantization = prepare(net, (x[:2],), {}, qconfig_of or (lambda _: scheme))
-    optimizer = torch.optim.SGD([*net.parameters(), *quantization.parameters()], lr=0.01)
+    optimizer = torch.optim.SGD([*net.parameters(), *quantization.parameters()], lr=lr)
     net.train()
     quantization.observe(True)
     for _ in range(steps):

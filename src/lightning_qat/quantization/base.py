@@ -27,6 +27,7 @@ from lightning_qat.quantization.checkpoints import (
 from lightning_qat.quantization.convert import convert
 from lightning_qat.quantization.example import find_example, has_forward
 from lightning_qat.quantization.guards import (
+    is_int8_model,
     refuse_other_callbacks,
     refuse_overlap,
     refuse_unobserved,
@@ -348,7 +349,9 @@ class QuantizationCallback(pl.Callback):
         if has_forward(pl_module):
             return ""
         networks = [
-            name for name, x in pl_module.named_children() if any(True for _ in x.parameters())
+            name
+            for name, x in pl_module.named_children()
+            if any(True for _ in x.parameters()) or is_int8_model(x)
         ]
         networks = [x for x in networks if not isinstance(getattr(pl_module, x), Quantization)]
         if len(networks) == 1:

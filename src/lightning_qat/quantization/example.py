@@ -72,15 +72,48 @@ def _first_batch(pl_module: pl.LightningModule, trainer: pl.Trainer) -> Any:
         return pl_module._apply_batch_transfer_handler(batch, device=torch.device("cpu"))
 
 
+class _Nothing:
+    """Stands for an optimizer while there is none: any call of it does nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+    def __getitem__(self, key: Any) -> Any:
+        return self
+
+
 def _training_step(pl_module: pl.LightningModule, batch: Any) -> None:
-    """Run a training step that logs nothing."""
-    hidden = {name: (lambda *_, **__: None) for name in ("log", "log_dict", "manual_backward")}
+    """Run a training step that logs and optimizes nothing."""
+    if pl_module.automatic_optimization:
+        _run_step(pl_module, batch, _Nothing())
+        return
+    try:
+        _run_step(pl_module, batch, _Nothing())
+    except (TypeError, ValueError):  # it unpacks several optimizers, as of a GAN
+        try:
+            _run_step(pl_module, batch, [_Nothing(), _Nothing()])
+        except ValueError:
+            _run_step(pl_module, batch, [_Nothing(), _Nothing(), _Nothing()])
+
+
+def _run_step(pl_module: pl.LightningModule, batch: Any, optimizers: Any) -> None:
+    hidden: dict[str, Any] = {name: _Nothing() for name in _HIDDEN}
+    hidden["optimizers"] = lambda *_, **__: optimizers
     vars(pl_module).update(hidden)
     try:
         pl_module.training_step(batch, 0)
     finally:
         for name in hidden:
             del vars(pl_module)[name]
+
+
+_HIDDEN = (
+    "log", "log_dict", "manual_backward", "toggle_optimizer", "untoggle_optimizer",
+    "clip_gradients", "lr_schedulers",
+)  # fmt: skip
 
 
 def _capture(net: nn.Module, run: Any) -> Example:

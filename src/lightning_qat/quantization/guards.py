@@ -16,6 +16,11 @@ def is_a(callback: Any, name: str) -> bool:
     return any(base.__name__ == name for base in type(callback).__mro__)
 
 
+def is_int8_model(module: nn.Module) -> bool:
+    """Return True where ``module`` is a converted network, by the name of its class."""
+    return is_a(module, "Int8Model") or is_a(module, "OnnxModel")
+
+
 def refuse_other_callbacks(ours: pl.Callback, trainer: pl.Trainer) -> None:
     """Check the precision and the other callbacks of a trainer.
 
@@ -68,7 +73,7 @@ def refuse_what_cannot_be_prepared(net: nn.Module, target: str) -> None:
             f"target={target!r} has been compiled, which hides its layers: compile the "
             "LightningModule instead, `trainer.fit(torch.compile(module))`, or not at all."
         )
-    if any(getattr(module, "is_int8_model", False) for module in net.modules()):
+    if any(is_int8_model(module) for module in net.modules()):
         raise UserError(
             f"target={target!r} is an INT8 model, whose integers cannot be trained: fit "
             "the float network that it was made of."
