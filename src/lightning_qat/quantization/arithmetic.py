@@ -87,8 +87,6 @@ class Quantize(Calls):
             if function in LAYERS:
                 self.owner.meet_unplanned(site)
             return function(*args, **kwargs)
-        if not self.owner.rounds(call):
-            return function(*args, **kwargs)
         if call.kind == "layer":
             output = self._layer(call, site, function, args, kwargs)
         elif call.kind == "sum":

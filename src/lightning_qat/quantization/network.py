@@ -22,7 +22,7 @@ from lightning_qat.quantization.fake_quantize import (
     WeightFakeQuantize,
 )
 from lightning_qat.quantization.learned_scale import LearnedScaleFakeQuantize
-from lightning_qat.quantization.plan import Call, Plan, QConfigOf, Recorder, make_plan
+from lightning_qat.quantization.plan import Plan, QConfigOf, Recorder, make_plan
 
 
 class Quantization(nn.Module):
@@ -40,7 +40,6 @@ class Quantization(nn.Module):
         numbers: while the network is lowered: scale and zero point of each activation.
         lowered: while the network is lowered: the integers and scales of each layer, by site.
         is_ready: True when all ranges are known. Before, evaluation is in float.
-        rounding: the layers that round; None = all.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -54,7 +53,6 @@ class Quantization(nn.Module):
         self.numbers: dict[str, tuple[float, int]] | None = None
         self.lowered: dict[str, tuple[Any, ...]] = {}
         self.is_ready = False
-        self.rounding: set[str] | None = None
         self._observes = self._is_identity = False
         self._entered: Quantize | None = None
         self._unplanned: set[str] = set()
@@ -87,10 +85,6 @@ class Quantization(nn.Module):
         for module in self.modules():
             if isinstance(module, FakeQuantize):
                 module.observes = enabled
-
-    def rounds(self, call: Call) -> bool:
-        """Return True where ``call`` rounds."""
-        return self.rounding is None or call.layer in self.rounding
 
     def activation(self, name: str) -> Any:
         """Return the fake-quantizer of activations with this name."""
