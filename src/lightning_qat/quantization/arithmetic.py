@@ -212,7 +212,7 @@ class Quantize(Calls):
 
         With one scale for each channel, folding later changes scales only. With one scale for the
         tensor it would give each channel its own, so the factor comes before the rounding. A
-        factor of 0 leaves no weight to round: that channel stays as it is.
+        factor of 0 is replaced by the smallest other one, so that the range of weights stays.
         """
         if not call.norm_tensors:
             return None
@@ -221,7 +221,9 @@ class Quantize(Calls):
         factor = 1 / torch.sqrt(net.get_buffer(variance).detach() + eps)
         if gamma:
             factor = factor * net.get_parameter(gamma).detach()
-        return along(torch.where(factor == 0, 1.0, factor), weight.ndim, call.axis)
+        smallest = torch.where(factor == 0, torch.inf, factor.abs()).amin()
+        smallest = torch.where(smallest.isinf(), 1.0, smallest)
+        return along(torch.where(factor == 0, smallest, factor), weight.ndim, call.axis)
 
     def _add_integers(self, call: Call, function: Any, operands: Any, fold: Any) -> _Layer:
         """Compute the sums of integers of a layer, and their value."""
@@ -277,8 +279,8 @@ class Quantize(Calls):
             bias = shift * factor
             if bound.get("bias") is not None:
                 bias = bias + bound["bias"]
-        if layer.call.norm_tensors:  # the factor is in the integers already
-            factor = None  # type: ignore[assignment]
+        if layer.call.norm_tensors:  # the factor is in the integers already, but for 0
+            factor = (factor != 0).to(factor.dtype)
         self.folded.add(site)
         return self._finish(layer, start, factor, bias, lambda: function(*args, **kwargs))
 
@@ -295,9 +297,13 @@ class Quantize(Calls):
         with torch.no_grad():
             sign = None
             if factor is not None:
-                # a factor of 0 leaves no integers, a negative one their negatives
-                sign = torch.sign(factor)
-                scale = torch.where(factor == 0, torch.ones_like(scale), scale * factor.abs())
+                # A negative factor leaves the negatives of integers. One of 0 leaves none, and so
+                # does one so small that 32 bits would not hold the bias.
+                assert bias is not None
+                smallest = bias.abs() / (2.0**30 * self._qparams(self._input_name(call))[0])
+                is_dead = (factor == 0) | (scale * factor.abs() < smallest)
+                sign = torch.where(is_dead, 0.0, torch.sign(factor))
+                scale = torch.where(is_dead, torch.maximum(scale, smallest), scale * factor.abs())
             bias = torch.zeros_like(scale) if bias is None else bias.float()
             if self.owner.numbers is not None:
                 if sign is not None:
