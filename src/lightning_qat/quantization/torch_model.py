@@ -1,6 +1,5 @@
 """The INT8 model of torch's integer kernels, and TorchScript of it."""
 
-import copy
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,8 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.graph import CodeGen
-from torch.fx.graph_module import reduce_graph_module
 from torch.utils._pytree import tree_leaves
 
 from lightning_qat.errors import UserError
@@ -62,13 +59,10 @@ class Int8Model(fx.GraphModule):
             return super().__deepcopy__(memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        graph = copy.deepcopy(self.graph)
-        graph.set_codegen(CodeGen())  # torch traces the code anew, and cannot trace nested inputs
-        flat = fx.GraphModule(self, graph)
-        _, (body, imports) = fx.GraphModule.__reduce__(flat)[:2]
-        data = io.BytesIO()
-        torch.save((body, imports, self.meta, self.graph._codegen), data)
-        return _load, (self.engine, data.getvalue())
+        """Pickle the quantized network; unpickling converts it again, to the same integers."""
+        from lightning_qat.quantization.convert import convert  # which makes these models
+
+        return convert, (self.meta["source"], self.engine)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Int8Model":
         """Convert or move tensors, as ``to``, ``cuda`` and their like do.
@@ -89,28 +83,6 @@ def _fits(shape: tuple[int, ...], permitted: Sequence[int | None]) -> bool:
     """Return True where each size is the permitted one; None permits every size."""
     sizes = zip(shape, permitted, strict=False)
     return len(shape) == len(permitted) and all(n is None or size == n for size, n in sizes)
-
-
-def _load(engine: str, data: bytes) -> Int8Model:
-    with quantized_engine(engine):
-        body, imports, meta, codegen = torch.load(io.BytesIO(data), weights_only=False)
-    for module in body["_modules"].values():
-        _complete(module)
-    flat: Any = reduce_graph_module(body, imports)
-    flat.graph.set_codegen(codegen)
-    model = Int8Model(flat, flat.graph)
-    model.meta = meta
-    return model.eval()
-
-
-def _complete(module: nn.Module) -> None:
-    """Add what ``__setstate__`` of torch's quantized convolutions forgets."""
-    if "_modules" not in vars(module):
-        state = dict(vars(module))
-        nn.Module.__init__(module)
-        vars(module).update(state)
-    for child in module.children():
-        _complete(child)
 
 
 def torch_script(model: nn.Module) -> torch.jit.ScriptModule:
