@@ -216,7 +216,8 @@ def test_a_best_checkpoint_of_an_earlier_fit_is_not_converted(tmp_path: Path) ->
     module.learning_rate = 3.0  # so that no epoch of it is the best
     with pytest.warns(UserWarning, match="the last weights are converted"):
         trainer.fit(module, loader(), loader(seed=1))
-    assert torch.equal(callback.networks["fake_quant"].fc.weight, module.net.fc.weight)  # type: ignore[union-attr]
+    converted: Any = callback.networks["fake_quant"]
+    assert torch.equal(converted.fc.weight, module.net.fc.weight)
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])

@@ -104,7 +104,8 @@ def test_pruned_weights_are_zeros_in_int8(first: bool, tmp_path: Path) -> None:
     order = callbacks if first else callbacks[::-1]
     trainer_with(*order, folder=tmp_path).fit(module, loader())
     for name in integer_layers(callback.int8_model):
-        weight = callback.int8_model.get_submodule(name).weight()
+        layer: Any = callback.int8_model.get_submodule(name)
+        weight = layer.weight()
         if weight.dim() == 4:
             assert (weight.int_repr() == 0).float().mean() > 0.4, name
     assert int8_apart(callback, images()[0]) < 1e-5
@@ -195,7 +196,7 @@ class Gan(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         x, _ = batch
-        by_generator, by_discriminator = self.optimizers()  # type: ignore[misc]
+        by_generator, by_discriminator = self.optimizers()  # type: ignore[misc,attr-defined]
         optimizer = by_discriminator if batch_idx % 2 == 0 else by_generator
         made = self.generator(torch.randn(len(x), 8))
         wanted = torch.full((len(x), 1), float(batch_idx % 2))

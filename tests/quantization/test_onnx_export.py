@@ -191,6 +191,8 @@ def test_a_fixed_batch_is_announced(images: Tensor) -> None:
 
 def test_constants_that_the_input_is_written_into_stay(images: Tensor) -> None:
     class Writes(nn.Module):
+        start: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("start", torch.ones(16))
