@@ -46,7 +46,9 @@ from tests.quantization.networks import (
         ({}, [GradientAccumulationScheduler({0: 2, 1: 1})]),
         ({"max_epochs": 50}, [EarlyStopping("val_loss", min_delta=9.0, patience=0)]),
     ],
-    ids=str,
+    ids=lambda value: (
+        str(value) if isinstance(value, dict) else "-".join(type(x).__name__ for x in value)
+    ),
 )
 def test_trainer_settings_work(settings: dict[str, Any], extra: Any, tmp_path: Path) -> None:
     module, callback = SmallModule(), QuantizationAwareTraining()

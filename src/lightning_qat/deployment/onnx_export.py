@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import onnx
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lightning_qat.atomic import atomic_path
 from lightning_qat.deployment.description import KEY, Description
+from lightning_qat.errors import UserError
 from lightning_qat.quantization.onnx_export import export_onnx
 from lightning_qat.quantization.to_onnx import program_of, with_quantized_networks
 
@@ -20,9 +22,19 @@ def to_onnx(model: nn.Module, images: Tensor) -> onnx.ModelProto:
         images: what it takes, two images or more; height and width are fixed to theirs.
 
     Raises:
+        UserError: the model does not take ``images`` alone.
         torch.onnx.errors.OnnxExporterError: ONNX has no form for an operation of the network.
     """
-    return from_program(program_of(with_quantized_networks(model), (images,)))
+    model = with_quantized_networks(model)
+    try:
+        with torch.no_grad():
+            model(images)
+    except Exception as error:  # torch's operators raise errors of many types
+        raise UserError(
+            f"{type(model).__name__} does not take these images: {error}. For other inputs use "
+            "lightning_qat.to_onnx(model, *example_inputs)."
+        ) from error
+    return from_program(program_of(model, (images,)))
 
 
 def from_program(program: ExportedProgram) -> onnx.ModelProto:
