@@ -85,5 +85,6 @@ def test_weights_with_two_readers_stay_whole() -> None:
     proto = convolution(1, 3, [1, 1, 1, 1], 1, 1)
     other = helper.make_node("Identity", ["w"], ["also"])
     proto.graph.node.append(other)
+    proto.graph.output.append(helper.make_tensor_value_info("also", 1, [3, 2, 3, 3]))
     optimize(proto)
     assert list(proto.graph.initializer[0].dims) == [3, 2, 3, 3]
