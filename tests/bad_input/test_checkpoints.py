@@ -184,7 +184,7 @@ def test_training_does_not_replace_what_is_no_result_of_it(
 
 # of a run that cannot be continued: the stage it was of, how it is changed, arguments, words
 RUNS: dict[str, tuple[str, Make, list[str], list[str]]] = {
-    "another stage": ("fp32", changed(lambda x: None), ["stage=qat"], ["of another run"]),
+    "another stage": ("fp32", changed(lambda x: None), ["stage=qat"], ["holds no scales of 'net'"]),
     "another length": (
         "fp32",
         changed(lambda x: None),

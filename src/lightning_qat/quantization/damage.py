@@ -117,7 +117,7 @@ class _Quantized(Quantize):
         """Note the range of the weight, with batch-norm folded in."""
         weight = layer.operands[1]
         fold = self._fold(layer.call, weight)
-        if factor is not None:
+        if fold is None and factor is not None:
             fold = along(factor, weight.ndim, layer.call.axis)
         low, high = (weight if fold is None else weight * fold).aminmax()
         damage = self.damages.setdefault(layer.call.layer, _Damage())
