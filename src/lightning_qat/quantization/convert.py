@@ -40,13 +40,14 @@ def convert(net: nn.Module, engine: str, example: Any = None) -> nn.Module:
 
 
 def as_int8_model(program: ExportedProgram, net: nn.Module, engine: str) -> nn.Module:
-    """Return the model of a lowered ``net``: of torch's kernels, or of ONNX Runtime."""
+    """Return the model of a lowered ``net``: of torch's integer kernels."""
     try:
         from lightning_qat.quantization.torch_kernels import to_torch_kernels
-    except ImportError:  # a torch without torch.ao
-        from lightning_qat.quantization.onnx_model import OnnxModel
-
-        return OnnxModel(program, net)
+    except ImportError as error:
+        raise UserError(
+            f"this torch has no integer kernels ({error}). The network is trained: write it with "
+            "lightning_qat.to_onnx(callback.networks['fake_quant']) and run it in ONNX Runtime."
+        ) from error
     int8_model = to_torch_kernels(program.module(check_guards=False), engine)
     int8_model.meta |= {"source": net, "shapes": _shapes(program), "others": {}}
     return int8_model
