@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_qat.quantization import QCONFIGS
 from tests.conftest import Road, Train
 
 pytestmark = pytest.mark.slow
@@ -20,13 +19,12 @@ QUICK = ("trainer.max_epochs=1", "trainer.limit_train_batches=4", "latency_secon
 def test_a_sweep_over_qconfigs_has_one_folder_a_job_and_a_row_each(
     train: Train, road: Road, tmp_path: Path
 ) -> None:
-    names = list(QCONFIGS)[:5]
+    names = ["x86", "qnnpack", "per_tensor_affine"]  # none saturates, on any CPU
     status, printed = train(
         "-m",
         "stage=qat",
         f"qconfig={','.join(names)}",
         "data=digits",
-        "allow_saturation=true",
         "export_onnx=false",
         f"fp32_ckpt={road.fp32_ckpt}",
         f"hydra.sweep.dir={tmp_path}/sweep",

@@ -6,8 +6,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from lightning_qat.quantization import ops
@@ -38,29 +40,60 @@ def export_program(
             tensor of four dimensions or more.
     """
     args, kwargs = pytree.tree_map_only(Tensor, _two_samples(args, kwargs), (args, kwargs))
-    shapes = torch.export.ShapesCollection()
     inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim]
-    for x in inputs:
-        free = [0] if x.shape[0] == inputs[0].shape[0] else []
-        if dynamic == "size" and x.ndim >= 4:
-            free += [x.ndim - 2, x.ndim - 1]
-        shapes[x] = dict.fromkeys(free, Dim.AUTO)
-    with torch.no_grad():
-        try:
-            program = torch.export.export(
-                network, args, kwargs, dynamic_shapes=shapes, strict=False
-            )
-        except Exception as error:  # torch raises errors of many types for what it cannot express
+    free = [(x, 0) for x in inputs if x.shape[0] == inputs[0].shape[0]]
+    if dynamic == "size":
+        free += [(x, x.ndim - end) for x in inputs if x.ndim >= 4 for end in (2, 1)]
+    try:
+        program = _export(network, args, kwargs, free)
+    except Exception as error:  # torch raises errors of many types for what it cannot express
+        warnings.warn(
+            "The exported network takes only the shapes of the example inputs. torch.export "
+            f"cannot express other shapes: {str(error).strip().splitlines()[0]}",
+            stacklevel=2,
+        )
+        program = _export(network, args, kwargs, [])
+    else:
+        fixed = _fixed(program, inputs, free)
+        if fixed:
+            sizes = {"image size" if dimension else "batch size" for _, dimension in fixed}
             warnings.warn(
-                "The exported network takes only the shapes of the example inputs. torch.export "
-                f"cannot express other shapes: {str(error).strip().splitlines()[0]}",
+                f"The exported network takes only the {' and '.join(sorted(sizes))} of the example "
+                "inputs: its forward depends on that number.",
                 stacklevel=2,
             )
-            program = torch.export.export(network, args, kwargs, strict=False)
-        else:
-            _warn_of_fixed_sizes(program, inputs, shapes)
+            still = [x for x in free if not any(x[0] is y and x[1] == d for y, d in fixed)]
+            program = _export(network, args, kwargs, still)  # torch may keep a symbol for a number
     fold_constants(program)
+    _let_go_of_symbols(program)
     return program
+
+
+def _let_go_of_symbols(program: ExportedProgram) -> None:
+    """Cut the cycles that Python's collector does not see, or torch would keep every export."""
+    mode: Any = detect_fake_mode([node.meta.get("val") for node in program.graph.nodes])
+    if mode is None or mode.shape_env is None:
+        return
+    mode.shape_env.tracked_fakes = None
+    mode.shape_env.fake_tensor_cache.clear()
+    for method in vars(ShapeEnv).values():
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
+
+
+def _export(
+    network: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    free: list[tuple[Tensor, int]],
+) -> ExportedProgram:
+    """Export with the given dimensions of inputs free."""
+    shapes = torch.export.ShapesCollection()
+    for x in pytree.tree_leaves((args, kwargs)):
+        if isinstance(x, Tensor) and x.ndim:
+            shapes[x] = {dimension: Dim.AUTO for y, dimension in free if y is x}
+    with torch.no_grad():
+        return torch.export.export(network, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
 def _two_samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Tensor], Tensor]:
@@ -71,24 +104,19 @@ def _two_samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Ten
     return lambda x: torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x.detach().clone()
 
 
-def _warn_of_fixed_sizes(
-    program: ExportedProgram, inputs: list[Tensor], shapes: torch.export.ShapesCollection
-) -> None:
+def _fixed(
+    program: ExportedProgram, inputs: list[Tensor], free: list[tuple[Tensor, int]]
+) -> list[tuple[Tensor, int]]:
+    """Return the dimensions that were to be free and are not."""
     names = set(program.graph_signature.user_inputs)
     nodes = [node for node in program.graph.nodes if node.name in names]
     values = [v for node in nodes if isinstance(v := node.meta.get("val"), Tensor) and v.ndim]
-    fixed = {
-        "batch size" if dimension == 0 else "image size"
-        for x, value in zip(inputs, values, strict=True)
-        for dimension in shapes[x]
-        if str(value.shape[dimension]).isdigit()  # torch may keep a symbol that is one number
-    }
-    if fixed:
-        warnings.warn(
-            f"The exported network takes only the {' and '.join(sorted(fixed))} of the example "
-            "inputs: its forward depends on that number.",
-            stacklevel=3,
-        )
+    return [
+        (x, dimension)
+        for x, dimension in free
+        for y, value in zip(inputs, values, strict=True)
+        if x is y and str(value.shape[dimension]).isdigit()
+    ]
 
 
 def fold_constants(program: ExportedProgram) -> None:
