@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.quantization import QCONFIGS, QConfig
-from lightning_qat.quantization.convert import as_int8_model
+from lightning_qat.quantization.convert import convert
 from lightning_qat.quantization.lower import lower
 from lightning_qat.quantization.network import Quantization, prepare
 from tests.quantization.comparisons import run_onnx
@@ -53,6 +53,6 @@ class Forms:
 def forms(net: nn.Module, x: Tensor, engine: str = "x86") -> Forms:
     """Run a trained ``net``, torch's integer kernels and ONNX Runtime on ``x``."""
     program: Any = lower(net, (x[:2],))
-    int8_model = as_int8_model(program, net, engine)
+    int8_model = convert(net, engine, ((x[:2],), {}))
     (onnx,) = run_onnx(program, x)
     return Forms(net(x), int8_model(x), onnx, int8_model)

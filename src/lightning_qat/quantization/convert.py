@@ -1,9 +1,11 @@
 """The INT8 model of a trained, quantized network."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
 
 from lightning_qat.errors import UserError
 from lightning_qat.quantization.lower import lower
@@ -36,21 +38,48 @@ def convert(net: nn.Module, engine: str, example: Any = None) -> nn.Module:
             f"{str(error).strip().splitlines()[0]}. Point `target` at a part of the network whose "
             "forward does not depend on the values of its tensors."
         ) from error
-    return as_int8_model(program, net, engine)
+    return _as_int8_model(program, net, engine, (args, kwargs))
 
 
-def as_int8_model(program: ExportedProgram, net: nn.Module, engine: str) -> nn.Module:
-    """Return the model of a lowered ``net``: of torch's integer kernels."""
+def _as_int8_model(
+    program: ExportedProgram, net: nn.Module, engine: str, example: Any
+) -> nn.Module:
+    """Return the model of a lowered ``net``: torch's integer kernels, else ONNX Runtime."""
+    int8_model: Any
     try:
         from lightning_qat.quantization.torch_kernels import to_torch_kernels
-    except ImportError as error:
-        raise UserError(
-            f"this torch has no integer kernels ({error}). The network is trained: write it with "
-            "lightning_qat.to_onnx(callback.networks['fake_quant']) and run it in ONNX Runtime."
-        ) from error
-    int8_model = to_torch_kernels(program.module(check_guards=False), engine)
-    int8_model.meta |= {"source": net, "shapes": _shapes(program), "others": {}}
+    except ImportError:  # a torch without torch.ao
+        from lightning_qat.quantization.onnx_model import OnnxModel
+
+        int8_model = OnnxModel(program, net, example)
+    else:
+        int8_model = to_torch_kernels(program.module(check_guards=False), engine)
+    others: dict[Any, nn.Module] = {}
+    int8_model.meta |= {"engine": engine, "source": net}
+    int8_model.meta |= {"shapes": _shapes(program), "others": others}
     return int8_model
+
+
+def of_this_size(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the INT8 model for inputs of these sizes: ``model``, or another that is kept in it.
+
+    Raises:
+        UserError: torch.export cannot follow the network at this size.
+    """
+    leaves = tree_leaves((args, kwargs))
+    shapes = tuple(tuple(x.shape) for x in leaves if isinstance(x, Tensor))
+    if not model.meta.get("shapes") or all(map(_fits, shapes, model.meta["shapes"])):
+        return model
+    others = model.meta["others"]
+    if shapes not in others:
+        others[shapes] = convert(model.meta["source"], model.meta["engine"], (args, kwargs))
+    return others[shapes]
+
+
+def _fits(shape: tuple[int, ...], permitted: Sequence[int | None]) -> bool:
+    """Return True where each size is the permitted one; None permits every size."""
+    sizes = zip(shape, permitted, strict=False)
+    return len(shape) == len(permitted) and all(n is None or size == n for size, n in sizes)
 
 
 def _shapes(program: ExportedProgram) -> list[list[int | None]]:

@@ -1,13 +1,12 @@
 """The INT8 model of torch's integer kernels, and TorchScript of it."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch import fx, nn
 
 from lightning_qat.errors import UserError
 
@@ -42,17 +41,13 @@ class Int8Model(fx.GraphModule):
         Raises:
             UserError: torch.export cannot follow the network at this size.
         """
-        leaves = tree_leaves((args, kwargs))
-        shapes = tuple(tuple(x.shape) for x in leaves if isinstance(x, Tensor))
-        if not self.meta.get("shapes") or all(map(_fits, shapes, self.meta["shapes"])):
-            with quantized_engine(self.engine):  # QNNPACK's sums follow the engine of the call
-                return super().__call__(*args, **kwargs)
-        from lightning_qat.quantization.convert import convert  # which makes these models
+        from lightning_qat.quantization.convert import of_this_size  # which makes these models
 
-        others = self.meta["others"]
-        if shapes not in others:
-            others[shapes] = convert(self.meta["source"], self.engine, (args, kwargs))
-        return others[shapes](*args, **kwargs)
+        model = of_this_size(self, args, kwargs)
+        if model is not self:
+            return model(*args, **kwargs)
+        with quantized_engine(self.engine):  # QNNPACK's sums follow the engine of the call
+            return super().__call__(*args, **kwargs)
 
     def __deepcopy__(self, memo: Any) -> Any:
         with quantized_engine(self.engine):  # torch packs the weights of the copy anew
@@ -77,12 +72,6 @@ class Int8Model(fx.GraphModule):
                 "only. Keep it there, and use the fake-quantized network on the GPU."
             )
         return super()._apply(fn, recurse)
-
-
-def _fits(shape: tuple[int, ...], permitted: Sequence[int | None]) -> bool:
-    """Return True where each size is the permitted one; None permits every size."""
-    sizes = zip(shape, permitted, strict=False)
-    return len(shape) == len(permitted) and all(n is None or size == n for size, n in sizes)
 
 
 def torch_script(model: nn.Module) -> torch.jit.ScriptModule:
