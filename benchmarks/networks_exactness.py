@@ -72,8 +72,9 @@ def integers_of(net: nn.Module, example: Example) -> dict[Steps, list[np.ndarray
 
 
 def _nearest(found: np.ndarray, candidates: list[np.ndarray]) -> np.ndarray | None:
-    """Return the candidate of the same shape with the fewest other values: max-pool and reshape
-    keep scale and zero point, so several tensors may have them.
+    """Return the candidate of the same shape with the fewest other values.
+
+    Max-pool and reshape keep scale and zero point, so several tensors may have them.
     """
     same = [x for x in candidates if x.shape == found.shape]
     return min(same, key=lambda x: np.count_nonzero(x != found), default=None)
@@ -150,9 +151,9 @@ def _count_layers(graph: onnx.GraphProto) -> dict[str, Any]:
     """Count the layers with constant weights that run in integers, and in float."""
     constants = {x.name for x in graph.initializer}
     for node in graph.node:
-        if node.op_type in ("DequantizeLinear", "Constant", "Transpose", "Identity"):
-            if all(name in constants for name in node.input if name):
-                constants.update(node.output)
+        is_simple = node.op_type in ("DequantizeLinear", "Constant", "Transpose", "Identity")
+        if is_simple and all(name in constants for name in node.input if name):
+            constants.update(node.output)
     layers = [node for node in graph.node if any(x in constants for x in node.input[1:2])]
     floats = Counter(node.op_type for node in layers if node.op_type in LAYERS)
     integer = sum(node.op_type in INTEGER_LAYERS for node in graph.node)

@@ -20,14 +20,36 @@ def is_exact(row: dict[str, Any]) -> bool:
     return found["worst"] <= 1 and found["off"] <= RARE * max(1, found["values"])
 
 
+def summary(rows: dict[str, Any]) -> str:
+    """Return the counts of each package, as a table."""
+    lines = [
+        "| package | ours works | exact in ONNX Runtime, layer by layer | torch FX works "
+        "| NNCF works |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for group in GROUPS:
+        mine = [row for name, row in rows.items() if name.startswith(f"{group}/")]
+        ours = [x["ours"] for x in mine if works(x.get("ours"))]
+        counts = [
+            f"{sum(works(x.get(tool)) for x in mine)} of {sum(tool in x for x in mine)}"
+            for tool in ("ours", "fx", "nncf")
+        ]
+        lines.append(
+            f"| {PACKAGES.get(group, group)} | {counts[0]} "
+            f"| {sum(map(is_exact, ours))} of {len(ours)} | {counts[1]} | {counts[2]} |"
+        )
+    return "\n".join(lines)
+
+
 def table(result: dict[str, Any]) -> str:
     """Return the summary, what fails, and one line for each network."""
     rows = result["networks"]
     lines = [
         "# Networks that people use",
         "",
-        "Random weights and batch-norm statistics, noise as images, seed 0, qconfig `x86`, two "
-        "training steps (NNCF calibrates); one thread. *Distance*: relative norm between the "
+        "Random weights and batch-norm statistics, noise as images, seed 0, one thread. qconfig "
+        "`x86` with the ranges of all values seen, two training steps (NNCF calibrates). "
+        "*Distance*: relative norm between the "
         "outputs of the INT8 model and of the network that was trained or calibrated; random "
         "weights amplify every rounding that differs. *Layer by layer*: each layer gets the "
         "fake-quantized network's own integers, so it is one layer's own error. ONNX Runtime runs "
@@ -36,21 +58,8 @@ def table(result: dict[str, Any]) -> str:
         "",
         origin_in_words(result),
         "",
-        "| package | networks | ours works | exact in ONNX Runtime | torch FX works | NNCF works |",
-        "| --- | --- | --- | --- | --- | --- |",
+        summary(rows),
     ]
-    for group in GROUPS:
-        mine = [row for name, row in rows.items() if name.startswith(f"{group}/")]
-        if mine:
-            ours = [x["ours"] for x in mine if works(x.get("ours"))]
-            counts = [
-                f"{sum(works(x.get(tool)) for x in mine)} of {sum(tool in x for x in mine)}"
-                for tool in ("ours", "fx", "nncf")
-            ]
-            lines.append(
-                f"| {PACKAGES.get(group, group)} | {len(mine)} | {counts[0]} "
-                f"| {sum(map(is_exact, ours))} of {len(ours)} | {counts[1]} | {counts[2]} |"
-            )
     failed = {n: x["ours"]["error"] for n, x in rows.items() if "error" in x.get("ours", {})}
     lines += ["", *(f"- `{name}` fails: {error}" for name, error in sorted(failed.items())), ""]
     lines += [

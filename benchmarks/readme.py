@@ -2,7 +2,7 @@
 
 After a measurement on a quiet machine:
 
-    python benchmarks/torchvision_models.py
+    python benchmarks/networks.py
     python benchmarks/latency.py outputs/multiruns/<time>/<job>
     python benchmarks/peers.py outputs/multiruns/<time>/<job>
     python benchmarks/training.py
@@ -13,11 +13,11 @@ After a measurement on a quiet machine:
 
 import json
 import re
-import statistics
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import networks_table
 import tables_gpu
 from record import origin_in_words
 from tables_training import training_summary
@@ -118,25 +118,12 @@ def plot(results: dict[str, dict[str, dict[str, Any]]]) -> None:
     figure.savefig(PLOT, metadata={"Date": None})
 
 
-def torchvision_summary() -> str:
-    """How many of torchvision's networks go through, and how much faster they are."""
-    rows = json.loads((RESULTS / "torchvision_models.json").read_text())
-    good = [row for row in rows.values() if "error" not in row]
-    latencies = [{name: x["p50"] for name, x in row["latency_ms"].items()} for row in good]
-    ratios = [x["fp32_torchscript"] / x["int8_torchscript"] for x in latencies]
-    where = good[0]["environment"]
-    share = min(row["integer"] / row["layers"] for row in good)
-    layers = "all" if share == 1 else f"at least {share:.0%}"
-    return (
-        f"Of torchvision's {len(rows)} convolutional classification networks, {len(good)} go "
-        f"through unmodified, with {layers} of their convolutions and linear layers as integer "
-        f"modules; the INT8 TorchScript file is {statistics.median(ratios):.1f} times as fast as "
-        f"the FP32 one in the median ({min(ratios):.1f} to {max(ratios):.1f}; 1 image, 1 thread, "
-        f"random weights, seed 0, {where['cpu']} {'with' if where['vnni'] else 'without'} VNNI, "
-        f"torch {where['torch']}, {where['date']}, commit {where['commit'][:10]}: "
-        "`python benchmarks/torchvision_models.py`). "
-        "[Network by network](benchmarks/results/torchvision_models.md)."
-    )
+def networks_summary() -> str:
+    """The networks that people use: which work, and how exact they are."""
+    result = json.loads((RESULTS / "networks.json").read_text())
+    text = networks_table.summary(result["networks"])
+    where = origin_in_words(result)
+    return f"{text}\n\n{where} [Network by network](benchmarks/results/networks.md)."
 
 
 def latency_summary() -> str:
@@ -214,7 +201,7 @@ def main() -> None:
         ("peers", peers_summary()),
         ("training", training_summary()),
         ("gpu", tables_gpu.gpu_summary(tables_gpu.load(RESULTS / "gpu"))),
-        ("torchvision", torchvision_summary()),
+        ("networks", networks_summary()),
         ("few_bits", (RESULTS / "few_bits.md").read_text().rstrip()),
         ("distill", (RESULTS / "distill.md").read_text().rstrip()),
     ):
