@@ -76,7 +76,8 @@ def _smp(architecture: str, encoder: str) -> tuple[nn.Module, Example]:
     import segmentation_models_pytorch as smp
 
     net = getattr(smp, architecture)(encoder, encoder_weights=None, classes=3)
-    return net, ((images(64),), {})
+    size = 128 if architecture == "PAN" else 64  # its pooling needs more
+    return net, ((images(size),), {})
 
 
 def _hugging_face(kind: str) -> tuple[nn.Module, Example]:

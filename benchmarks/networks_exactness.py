@@ -18,6 +18,7 @@ from onnx import numpy_helper
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_qat.deployment.openvino_export import keep_every_rounding
 from lightning_qat.quantization.arithmetic import Quantize
 from lightning_qat.quantization.network import Quantization, quantization_of
 from lightning_qat.quantization.to_onnx import to_onnx
@@ -217,7 +218,7 @@ def _openvino(
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        onnx.save(proto, file)
+        onnx.save(keep_every_rounding(proto), file)  # as train.py writes OpenVINO's file
         try:
             core = openvino.Core()
             model = core.compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})

@@ -28,7 +28,7 @@ def save_openvino(proto: onnx.ModelProto, path: Path, description: Description) 
     weights = path.with_suffix(".bin")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".", suffix=PARTIAL) as folder:
         onnx_file, partial = Path(folder) / "model.onnx", Path(folder) / path.name
-        onnx.save(_keep_every_rounding(proto), onnx_file)
+        onnx.save(keep_every_rounding(proto), onnx_file)
         model = openvino.Core().read_model(onnx_file)
         model.set_rt_info(description.to_json(), [KEY])
         try:
@@ -43,7 +43,7 @@ def save_openvino(proto: onnx.ModelProto, path: Path, description: Description) 
     return path.stat().st_size + weights.stat().st_size
 
 
-def _keep_every_rounding(proto: onnx.ModelProto) -> onnx.ModelProto:
+def keep_every_rounding(proto: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of ``proto`` in which OpenVINO leaves no rounding out.
 
     Where it fuses convolution, quantize, sum and quantize into one kernel, its CPU plugin leaves
