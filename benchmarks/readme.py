@@ -201,6 +201,7 @@ def main() -> None:
         ("peers", peers_summary()),
         ("training", training_summary()),
         ("gpu", tables_gpu.gpu_summary(tables_gpu.load(RESULTS / "gpu"))),
+        ("bit_for_bit", (RESULTS / "bit_for_bit.md").read_text().rstrip()),
         ("networks", networks_summary()),
         ("few_bits", (RESULTS / "few_bits.md").read_text().rstrip()),
         ("distill", (RESULTS / "distill.md").read_text().rstrip()),
