@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,12 @@ QUICK = (
 )
 
 
-def test_help_reads_well_and_does_not_wait_for_torch() -> None:
-    done = run_train("--help", PYTHONPROFILEIMPORTTIME="1")
+@pytest.mark.alone
+def test_help_reads_well_and_answers_in_two_seconds() -> None:
+    start = time.perf_counter()
+    done = run_train("--help")
+    assert time.perf_counter() - start < 2
     assert done.returncode == 0
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "hydra" in imported
-    assert not imported & {"torch", "pytorch_lightning", "numpy"}
     for word in ("stage: fp32, ptq, qat", "data: cifar10, digits, folder", "resume=true", "seed="):
         assert word in done.stdout
     lines = done.stdout.splitlines()

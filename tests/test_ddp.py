@@ -183,14 +183,14 @@ def test_a_mistake_costs_its_own_job_only_whichever_process_notices(
     status, printed = train(
         "-m",
         *QUICK,
-        f"+callbacks.planted={planted % '[1]'},null",
+        f"+callbacks.planted={planted % '[1]'},{planted % '[0,1]'},null",
         f"output_dir={tmp_path}/an output folder",
     )
     assert status == 2, printed
-    assert [row["status"] for row in rows_of(tmp_path / "an output folder")] == ["2", "0"]
+    assert [row["status"] for row in rows_of(tmp_path / "an output folder")] == ["2", "2", "0"]
     failures = list(tmp_path.glob("*/multiruns/*/*/failure.json"))
-    assert [json.loads(path.read_text())["message"] for path in failures] == ["planted mistake"]
-    assert printed.count("[ERROR] planted mistake") == 1
+    assert [json.loads(path.read_text())["message"] for path in failures] == ["planted mistake"] * 2
+    assert printed.count("[ERROR] planted mistake") == 2
     assert "Traceback" not in printed
     assert len(list(tmp_path.glob("*/multiruns/*/*/metrics.json"))) == 1
     assert not processes_of(tmp_path)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.conf import HydraConf
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
@@ -197,7 +198,23 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(interrupt.tell())
 
 
+def _copy_sources_once() -> None:
+    """Let Hydra's help copy its sources once, not for each of a hundred groups: seconds less."""
+    copied = ConfigLoaderImpl._parse_overrides_and_create_caching_repo
+    kept: dict[Any, Any] = {}
+
+    def once(self: Any, config_name: str | None, overrides: list[str]) -> Any:
+        key = config_name, *overrides
+        if key not in kept:
+            kept[key] = copied(self, config_name, overrides)
+        return kept[key]
+
+    ConfigLoaderImpl._parse_overrides_and_create_caching_repo = once  # type: ignore[method-assign]
+
+
 def _run(main: Callable[[], None]) -> None:
+    if {"--help", "-h"} & set(sys.argv):  # prints and ends
+        _copy_sources_once()
     try:
         main()
     except SystemExit as exit_:
