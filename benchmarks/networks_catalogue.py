@@ -11,7 +11,7 @@ BATCH = 2
 CLASSES = 10
 
 # The smallest network, by its number of parameters, of each module of timm 1.0.31; a usual one in
-# place of timm's own test networks. Left out: those above 100 million parameters.
+# place of timm's own test networks. Left out: transformers above 100 million parameters.
 TIMM = (
     "beit_base_patch16_224", "halonet26t", "repvgg_a0", "cait_xxs24_224", "coat_tiny",
     "convit_tiny", "convmixer_768_32", "convnext_atto", "cpubone_nano", "crossvit_tiny_240",

@@ -62,13 +62,7 @@ def integers_of(net: nn.Module, example: Example) -> dict[Steps, list[np.ndarray
     quantization = quantization_of(net)
     assert quantization is not None
     mode = _Capture(quantization)
-    forward: Any = net.forward
-    quantization.path[:] = [""]
-    try:
-        with torch.no_grad(), mode:
-            forward.original(*example[0], **example[1])
-    finally:
-        quantization.path[:] = []
+    quantization.run_in(mode, *example[0], **example[1])
     return mode.integers
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from networks_catalogue import CATALOGUE
 from record import origin_in_words
 
 GROUPS = ("timm", "smp", "transformers", "torchvision")
@@ -23,6 +24,9 @@ def is_exact(row: dict[str, Any]) -> bool:
 def summary(rows: dict[str, Any]) -> str:
     """Return the counts of each package, as a table."""
     lines = [
+        f"{len(rows)} of the {len(CATALOGUE)} networks of benchmarks/networks_catalogue.py are "
+        "measured so far, some not with all tools.",
+        "",
         "| package | ours works | exact in ONNX Runtime, layer by layer | torch FX works "
         "| NNCF works |",
         "| --- | --- | --- | --- | --- |",

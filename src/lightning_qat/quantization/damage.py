@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_qat.errors import UserError
 from lightning_qat.quantization.arithmetic import Quantize
-from lightning_qat.quantization.calls import CLAMPS, Calls
+from lightning_qat.quantization.calls import CLAMPS
 from lightning_qat.quantization.fake_quantize import along
 from lightning_qat.quantization.network import Quantization, copy_network, quantization_of
 
@@ -55,8 +55,9 @@ def layer_damage(net: nn.Module, images: Tensor) -> list[dict[str, Any]]:
     damages: dict[str, _Damage] = {}
     for batch in images.split(_IMAGES_AT_ONCE):
         quantized = _Quantized(quantization, damages)
-        _run(quantization, quantized, batch)
-        _run(quantization, _Comparison(quantization, quantized.ends, damages), batch)
+        quantization.run_in(quantized, batch.clone())
+        comparison = _Comparison(quantization, quantized.ends, damages)
+        quantization.run_in(comparison, batch.clone())
     return sorted((damage.row(name) for name, damage in damages.items()), key=_by_own_sqnr)
 
 
@@ -186,16 +187,6 @@ def _ended(owner: Quantization, site: str) -> str:
     if call is None or call.follows:
         return call.follows if call is not None else ""
     return site if call.layer and not call.steps else ""
-
-
-def _run(quantization: Quantization, mode: Calls, images: Tensor) -> None:
-    forward: Any = quantization.net.forward
-    quantization.path[:] = [""]
-    try:
-        with torch.no_grad(), mode:
-            forward.original(images.clone())
-    finally:
-        quantization.path[:] = []
 
 
 def _kind(function: Any) -> str:

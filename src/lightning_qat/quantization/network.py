@@ -157,6 +157,16 @@ class Quantization(nn.Module):
             self._entered.__exit__(None, None, None)
             self._entered = None
 
+    def run_in(self, mode: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the network's own ``forward`` in a mode that sees its calls, without gradients."""
+        forward: Any = self.net.forward
+        self.path[:] = [""]
+        try:
+            with torch.no_grad(), mode:
+                return forward.original(*args, **kwargs)
+        finally:
+            self.path[:] = []
+
     # tensors ----------------------------------------------------------------------------------
 
     def build(self, plan: Plan) -> None:
@@ -441,11 +451,8 @@ def prepare(
 
 
 def _run(quantization: Quantization, mode: Any, args: Any, kwargs: Any) -> Any:
-    forward: Any = quantization.net.forward
-    quantization.path[:] = [""]
     try:
-        with torch.no_grad(), mode:
-            return forward.original(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+        return quantization.run_in(mode, *copy.deepcopy(args), **copy.deepcopy(kwargs))
     except UserError:
         raise
     except Exception as error:
@@ -453,8 +460,6 @@ def _run(quantization: Quantization, mode: Any, args: Any, kwargs: Any) -> Any:
             f"{type(quantization.net).__name__} cannot be run on its example inputs: {error}. Give "
             "the callback `example_inputs=` that the network takes."
         ) from error
-    finally:
-        quantization.path[:] = []
 
 
 _CHANGES = (
