@@ -46,7 +46,8 @@ def activation_range(net: nn.Module) -> dict[str, Any]:
     low, high = max((q.activation_range for q in schemes), key=lambda x: x[1] - x[0])
     limits = {"quant_min": low, "quant_max": high}
     if high - low <= 127:
-        why = "sums of two products of such integers fit into 16 bits on every CPU"
+        why = "sums of two products of such integers fit into 16 bits on every CPU. An image whose "
+        why += "activations leave the ranges seen in training can exceed them on one without VNNI"
         return limits | {"why": why, "saturates": False}
     why = "one bit more, for CPUs that sum in 32 bits: with VNNI, which this one has"
     why += "" if torch.cpu._is_vnni_supported() else " not"
