@@ -37,10 +37,10 @@ OPTIMIZER: dict[str, Any] = {
     "label_smoothing": 0.1,
 }
 ROOT = "~/.cache/lightning_qat/cifar10"
-NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": functools.partial(resnet18, stem="cifar"),
     "resnet18_imagenet_stem": functools.partial(resnet18, stem="imagenet"),
-    "mobilenet_v2": lambda classes: torchvision.models.mobilenet_v2(num_classes=classes),
+    "mobilenet_v2": torchvision.models.mobilenet_v2,
 }
 
 

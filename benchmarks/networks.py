@@ -39,10 +39,10 @@ LIMIT = 15 * 60  # seconds
 FILE = RESULTS / "networks.json"
 
 
-def float_network(name: str) -> tuple[nn.Module, Example]:
+def float_network(make: Callable[[], tuple[nn.Module, Example]]) -> tuple[nn.Module, Example]:
     """Return the network with random weights and statistics, and what it is called with."""
     torch.manual_seed(0)
-    net, example = CATALOGUE[name]()
+    net, example = make()
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             module.running_mean.normal_(0, 0.1)
@@ -92,7 +92,7 @@ def ours(name: str) -> dict[str, Any]:
     """Quantize, train, convert, and compare layer by layer."""
     from lightning_qat.quantization.convert import convert
 
-    net, example = float_network(name)
+    net, example = float_network(CATALOGUE[name])
     quantization = prepare(net, *example, lambda _: QCONFIG)
     quantization.example = example
     quantization.observe(True)
@@ -124,7 +124,7 @@ def fx(name: str) -> dict[str, Any]:
     from torch.ao.quantization import get_default_qat_qconfig_mapping
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
 
-    net, example = float_network(name)
+    net, example = float_network(CATALOGUE[name])
     prepared = prepare_qat_fx(net.train(), get_default_qat_qconfig_mapping("x86"), example)
     train(prepared, example)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def nncf(name: str) -> dict[str, Any]:
     import nncf
     import openvino
 
-    net, (args, kwargs) = float_network(name)
+    net, (args, kwargs) = float_network(CATALOGUE[name])
     item = kwargs or (args[0] if len(args) == 1 else args)
     quantized = nncf.quantize(net.eval(), nncf.Dataset([item]), subset_size=1)
     with torch.no_grad():

@@ -18,10 +18,10 @@ from onnx import numpy_helper
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_qat.deployment.openvino_export import keep_every_rounding
 from lightning_qat.quantization.arithmetic import Quantize
 from lightning_qat.quantization.network import Quantization, quantization_of
 from lightning_qat.quantization.to_onnx import to_onnx
+from lightning_qat.quantization.to_openvino import keep_every_rounding
 
 LAYERS = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
 INTEGER_LAYERS = (

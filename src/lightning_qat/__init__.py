@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from lightning_qat.quantization.damage import layer_damage
     from lightning_qat.quantization.to_onnx import to_onnx
+    from lightning_qat.quantization.to_openvino import to_openvino
 
 __all__ = [
     "PostTrainingQuantization",
@@ -29,9 +30,14 @@ __all__ = [
     "layer_damage",
     "qconfigs",
     "to_onnx",
+    "to_openvino",
 ]
 
-_MODULES = {"layer_damage": "quantization.damage", "to_onnx": "quantization.to_onnx"}
+_MODULES = {
+    "layer_damage": "quantization.damage",
+    "to_onnx": "quantization.to_onnx",
+    "to_openvino": "quantization.to_openvino",
+}
 
 _torch_deprecations.ignore()
 

@@ -55,7 +55,7 @@ class ImageClassifier(pl.LightningModule):
 
     def __init__(
         self,
-        net: Callable[[int], nn.Module],
+        net: Callable[..., nn.Module],
         num_classes: int,
         mean: Sequence[float],
         std: Sequence[float],
@@ -100,7 +100,7 @@ class ImageClassifier(pl.LightningModule):
         self._compile_mode = compile
         self._compiled: list[Callable[[Tensor], Tensor]] = []  # a list: not one more submodule
         # integer and float convolutions are both faster with channels last
-        self.net = net(num_classes).to(memory_format=torch.channels_last)
+        self.net = net(num_classes=num_classes).to(memory_format=torch.channels_last)
         if weights is not None:
             hparams: dict[str, Any] = {"mean": mean, "std": std} if starts_trained else {}
             if starts_trained and class_names is not None:

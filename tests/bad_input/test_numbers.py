@@ -21,9 +21,9 @@ WHOLE = [*NEVER, 0.5]
 
 def model(**changes: Any) -> Any:
     options: dict[str, Any] = {
-        "net": lambda classes: torch.nn.Linear(2, classes), "num_classes": 2, "mean": [0.5] * 3,
-        "std": [0.5] * 3, "learning_rate": 0.1, "momentum": 0.9, "nesterov": True,
-        "weight_decay": 0.0, "decay_all": False, "label_smoothing": 0.0,
+        "net": lambda num_classes: torch.nn.Linear(2, num_classes), "num_classes": 2,
+        "mean": [0.5] * 3, "std": [0.5] * 3, "learning_rate": 0.1, "momentum": 0.9,
+        "nesterov": True, "weight_decay": 0.0, "decay_all": False, "label_smoothing": 0.0,
     }  # fmt: skip
     return ImageClassifier(**(options | changes))
 

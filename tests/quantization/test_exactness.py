@@ -131,6 +131,33 @@ def test_the_numbers_are_those_of_the_definition_of_integer_arithmetic() -> None
     assert tie.mean() < 0.01
 
 
+def test_sums_that_float32_cannot_hold_are_exact() -> None:
+    """8,000 products of up to 127 x 127 are more than 2**24, beyond which float32 rounds."""
+    torch.manual_seed(0)
+    net: Any = nn.Sequential(nn.Linear(8000, 16))
+    with torch.no_grad():
+        net[0].weight.abs_()
+    x = torch.rand(64, 8000)
+    trained(net, x, lr=0)
+    found = forms(net, x)
+    assert torch.equal(found.onnx, found.fake_quant)
+
+
+def test_a_bias_of_a_layer_without_weights_of_its_size_survives() -> None:
+    """In steps of such small weights, 32 bits do not hold the bias."""
+    net: Any = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    with torch.no_grad():
+        net[0].weight.mul_(1e-6)
+        net[0].bias.copy_(torch.tensor([1.0, 2e6, 3e6, 4e6]))
+    x = images(16)[0] * 1e-3
+    quantization = trained(net, x, lr=0)
+    step = quantization.activation(quantization.plan.calls["0/conv2d.0"].steps).qparams()[0]
+    with torch.no_grad():
+        found = net[0](x)
+    assert (found[:, 3] - 4e6).abs().max() <= step
+    assert torch.equal(forms(net, x).onnx, forms(net, x).fake_quant)
+
+
 class Masked(nn.Module):
     """A mask that lets everything through, as attention has one where nothing is hidden."""
 

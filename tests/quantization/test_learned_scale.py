@@ -47,7 +47,7 @@ def test_scales_are_trained_saved_and_continued_to_the_bit(no_int8: Any, tmp_pat
 
 def classifier(**kwargs: Any) -> ImageClassifier:
     settings: dict[str, Any] = {
-        "net": lambda classes: resnet18(classes, "imagenet"),
+        "net": lambda num_classes: resnet18(num_classes, "imagenet"),
         "num_classes": 4,
         "mean": [0.5] * 3,
         "std": [0.2] * 3,

@@ -1,6 +1,5 @@
 """Exported files, loaded back and called alike: images in, logits out, whatever runs them."""
 
-import functools
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from lightning_qat.deployment.description import KEY, Description
 from lightning_qat.errors import UserError
+from lightning_qat.quantization.to_openvino import openvino_core
 from lightning_qat.quantization.torch_model import quantized_engine
 
 LONGEST_DESCRIPTION = 2**24  # bytes: a few kilobytes of a zip archive may stand for gigabytes
@@ -115,12 +115,9 @@ class OpenVino:
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         try:
-            import openvino
-        except ImportError as error:
-            raise UserError(
-                f"{path} needs OpenVINO, which is not installed: pip install "
-                "'lightning_qat[openvino]', or use the .onnx or .ts file beside it."
-            ) from error
+            self._core = openvino_core()
+        except UserError as error:
+            raise UserError(f"{path}: {error} Or use the .onnx or .ts file beside it.") from error
 
         weights = path.with_suffix(".bin")
         if not weights.is_file():
@@ -128,7 +125,6 @@ class OpenVino:
         with path.open("rb") as file:
             if b"<net " not in file.read(200):  # else OpenVINO tries TensorFlow's format, loudly
                 raise ValueError("it is no OpenVINO model")
-        self._core = _only_instance(openvino.Core)
         self._model = self._core.read_model(path)
         text = self._model.get_rt_info([KEY]).value if self._model.has_rt_info([KEY]) else None
         self.description = _description(path, text)
@@ -148,17 +144,6 @@ class OpenVino:
         request = self._compiled[shape]
         request.infer([images.numpy()], share_inputs=True)
         return torch.from_numpy(request.get_output_tensor().data.copy())
-
-
-@functools.cache
-def _only_instance(core: type) -> Any:
-    """OpenVINO's core of this process, which lives as long as it does.
-
-    Each gives the thread that compiles with it a stack for signals (seen in 2026.4). Where several
-    end in another order than they began, the next signal is handled on one that has been freed: a
-    Ctrl-C would crash the process.
-    """
-    return core()
 
 
 def _extra_file(path: Path) -> str | None:

@@ -2,10 +2,10 @@
 
 *Training* fake-quantizes inputs, weights and outputs; batch-norm stays as it is.
 
-*Evaluation* computes what integer kernels compute, bit for bit, in float32. A layer adds products
-of integers, which is exact below 2**24, and an int32 bias, multiplies once for each channel (input
-scale x weight scale / output scale, batch-norm included) and rounds once. A sum is two
-multiply-adds, as ONNX Runtime's QLinearAdd computes it.
+*Evaluation* computes what integer kernels compute, bit for bit, in floats that hold each integer. A
+layer adds products of integers and an int32 bias, multiplies once for each channel (input scale x
+weight scale / output scale, batch-norm included) and rounds once. A sum is two multiply-adds, as
+ONNX Runtime's QLinearAdd computes it.
 
 *Lowering* writes the operators of ``ops.py`` with the same numbers.
 """
@@ -28,6 +28,7 @@ from lightning_qat.quantization.fake_quantize import along
 from lightning_qat.quantization.plan import Call
 
 _BIAS_LIMITS = (-(2.0**31), 2.0**31 - 256)  # the largest int32 values that float32 holds
+_EXACT = 2.0**24  # float32 holds every integer up to here
 _OPS = torch.ops.lightning_qat
 
 
@@ -249,9 +250,13 @@ class Quantize(Calls):
             layer.output = function(x, weight, bias, *rest, **others)  # only for its shape
             return layer
         x_scale = self._qparams(self._input_name(call))[0]
-        layer.sums = function(torch.round(x / x_scale), integers, None, *rest, **others)
+        layer.sums = _add_products(
+            lambda x: function(x, integers, None, *rest, **others),
+            torch.round(x / x_scale),
+            integers.abs().sum([i for i in range(integers.ndim) if i != call.axis]).amax(),
+        )
         channel = _channel(function, layer.sums, integers)
-        layer.output = layer.sums * along(scale * x_scale, layer.sums.ndim, channel)
+        layer.output = layer.sums.float() * along(scale * x_scale, layer.sums.ndim, channel)
         if bias is not None:
             layer.output = layer.output + along(bias.float(), layer.sums.ndim, channel)
         return layer
@@ -295,19 +300,19 @@ class Quantize(Calls):
         """Compute a layer with ``factor`` and ``bias`` for each output channel."""
         call, integers, scale = layer.call, layer.integers, layer.scale
         with torch.no_grad():
-            sign = None
-            if factor is not None:
-                # A negative factor leaves the negatives of integers. One of 0 leaves none, and so
-                # does one so small that 32 bits would not hold the bias.
-                assert bias is not None
-                smallest = bias.abs() / (2.0**30 * self._qparams(self._input_name(call))[0])
-                is_dead = (factor == 0) | (scale * factor.abs() < smallest)
-                sign = torch.where(is_dead, 0.0, torch.sign(factor))
-                scale = torch.where(is_dead, torch.maximum(scale, smallest), scale * factor.abs())
+            factor = torch.ones_like(scale) if factor is None else factor
             bias = torch.zeros_like(scale) if bias is None else bias.float()
+            # A negative factor leaves the negatives of integers. One of 0 leaves none, and so does
+            # a scale so small that 32 bits would not hold the bias. Groups of a transposed
+            # convolution share their scales, which cannot change for one channel.
+            channels = integers.shape[call.axis]
+            smallest = bias.abs() / (2.0**30 * self._qparams(self._input_name(call))[0])
+            smallest = smallest * (len(scale) == channels)
+            is_dead = (factor == 0) | (scale * factor.abs() < smallest)
+            sign = torch.where(is_dead, 0.0, torch.sign(factor))
+            scale = torch.where(is_dead, torch.maximum(scale, smallest), scale * factor.abs())
             if self.owner.numbers is not None:
-                if sign is not None:
-                    integers = integers * along(sign, integers.ndim, call.axis)
+                integers = integers * along(sign[:channels], integers.ndim, call.axis)
                 self._keep_integers(layer, site, integers, scale, bias)
                 return self._lowered(
                     call,
@@ -321,9 +326,9 @@ class Quantize(Calls):
             channel = _channel(layer.function, total, integers)
             x_scale = self._qparams(self._input_name(call))[0]
             product = scale * x_scale
-            if sign is not None:
-                total = total * along(sign, ndim, channel)
-            total = total + along(torch.round(bias / product).clamp_(*_BIAS_LIMITS), ndim, channel)
+            rounded_bias = torch.round(bias / product).clamp_(*_BIAS_LIMITS)
+            total = total * along(sign, ndim, channel) + along(rounded_bias, ndim, channel)
+            total = total.float()  # kernels convert the int32 sum to float32, too
             real = total * along(product, ndim, channel)
         output = _exact(lambda: real, differentiable)
         if call.steps:
@@ -354,6 +359,20 @@ class Quantize(Calls):
 
 
 _NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+
+def _add_products(add: Callable[[Tensor], Tensor], x: Tensor, weights: Tensor) -> Tensor:
+    """Return sums of products of integers, exact: in float32, or in float64 where they are large.
+
+    Args:
+        add: the layer, which adds in float32.
+        x: its input, integers of at most 255.
+        weights: the largest sum of absolute weights of an output channel.
+    """
+    if torch.compiler.is_compiling() or not (x.abs() > _EXACT / weights).any():
+        return add(x)
+    sixteens = torch.floor(x / 16)
+    return add(sixteens).double() * 16 + add(x - sixteens * 16)
 
 
 def _channel(function: Any, sums: Tensor, integers: Tensor) -> int:

@@ -24,13 +24,15 @@ CLAMPS = RELUS | {F.relu6, F.hardtanh}
 # Functions that only move values: what they return has the scale of what they take.
 SAME_VALUES = {
     F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d,
-    torch.max_pool3d, F.dropout, F.dropout2d, torch.flatten, torch.reshape,
-    torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk, torch.split,
-    torch.movedim, torch.unbind, torch.narrow, Tensor.flatten, Tensor.view, Tensor.reshape,
-    Tensor.transpose, Tensor.permute, Tensor.contiguous, Tensor.chunk, Tensor.split, Tensor.unbind,
+    torch.max_pool3d, F.dropout, F.dropout2d, torch.flatten, torch.reshape, torch.permute,
+    torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk, torch.split, torch.movedim,
+    torch.unbind, torch.narrow, Tensor.flatten, Tensor.view, Tensor.reshape, Tensor.transpose,
+    Tensor.permute, Tensor.contiguous, Tensor.chunk, Tensor.split, Tensor.unbind,
     Tensor.unsqueeze, Tensor.squeeze, Tensor.expand, Tensor.unflatten, Tensor.movedim,
     Tensor.narrow, Tensor.__getitem__, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle,
-    Tensor.swapaxes, torch.swapaxes,
+    Tensor.swapaxes, torch.swapaxes, torch.clone, Tensor.clone, Tensor.float, torch.flip,
+    torch.roll, Tensor.flip, Tensor.roll, Tensor.repeat, torch.tile, F.dropout1d, F.dropout3d,
+    Tensor.tile,
 }  # fmt: skip
 # What asks a tensor for something else than values.
 _QUIET = {
