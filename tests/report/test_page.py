@@ -9,6 +9,7 @@ import matplotlib
 import pytest
 
 from lightning_qat.report.page import write_report
+from lightning_qat.report.table import print_metrics
 from tests.report.run_folder import make_run
 
 STAGES = ["fp32", "ptq", "qat"]
@@ -82,6 +83,19 @@ def test_verdict_gives_the_three_numbers_and_the_fastest_artifact(tmp_path: Path
     assert "4.0\xd7 as fast as the best FP32 runtime, FP32 OpenVINO" in words
     assert "The fastest INT8 artifact on this CPU is INT8 OpenVINO (model_int8.xml)" in words
     assert "INT8 is as accurate as FP32, as far as 2000 test images can tell" in words
+
+
+def test_a_runtime_that_int8_slows_down_is_named_on_the_page_and_in_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics, evidence = make_run("qat", tmp_path / "run")
+    latency = metrics["latency_ms"]
+    latency["int8_onnx"] = {"p50": 1.5 * latency["fp32_onnx"]["p50"], "p95": 99.0}
+    write_report(metrics, evidence, tmp_path / "run")
+    print_metrics(metrics)
+    said = "ONNX Runtime is slower in INT8 than in FP32 here: 1.50 times the latency."
+    assert said in Page((tmp_path / "run" / "report.html").read_text()).words
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 def test_lost_accuracy_is_said(tmp_path: Path) -> None:

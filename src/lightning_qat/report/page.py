@@ -162,6 +162,7 @@ def _latency(metrics: dict[str, Any]) -> dict[str, Any]:
         shares[titles.network(key)] = (share, *wilson(share, metrics["test_images"]))
     return {
         "rows": rows,
+        "slower": titles.slower_in_int8(latency),
         "plot": plots.latency(latency),
         "scatter": plots.accuracy_latency(latency, shares),
     }

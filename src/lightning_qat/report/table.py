@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_qat.report.intervals import wilson
-from lightning_qat.report.titles import NETWORKS, fastest, network, title
+from lightning_qat.report.titles import NETWORKS, fastest, network, slower_in_int8, title
 
 # Whose prediction a network's is compared with.
 _REFERENCE = {"int8": "fake_quant"}
@@ -51,6 +51,8 @@ def print_metrics(metrics: dict[str, Any]) -> None:
             f"Fastest here: {title(best)}, {latency_ms['fp32_eager']['p50'] / speed:.1f}x FP32 "
             f"eager, {latency_ms[best_fp32]['p50'] / speed:.1f}x {title(best_fp32)}."
         )
+    for sentence in slower_in_int8(latency_ms):
+        console.print(sentence)
 
 
 def _figures(metrics: dict[str, Any], name: str) -> list[str]:

@@ -49,3 +49,19 @@ def fastest(latency_ms: dict[str, Any], of: str) -> str | None:
     """The key with the lowest median among those of one precision on the CPU."""
     keys = [key for key in latency_ms if precision(key) == of and not key.endswith("_cuda")]
     return min(keys, key=lambda key: latency_ms[key]["p50"], default=None)
+
+
+def slower_in_int8(latency_ms: dict[str, Any]) -> list[str]:
+    """Return a sentence for each runtime that is slower in INT8 than in FP32."""
+    fp32 = [key for key in latency_ms if precision(key) == "fp32"]
+    pairs = [(key, key.replace("fp32_", "int8_")) for key in fp32]
+    ratios = {
+        runtime(key): latency_ms[other]["p50"] / latency_ms[key]["p50"]
+        for key, other in pairs
+        if other in latency_ms
+    }
+    return [
+        f"{name} is slower in INT8 than in FP32 here: {ratio:.2f} times the latency."
+        for name, ratio in ratios.items()
+        if ratio > 1
+    ]
