@@ -1,4 +1,4 @@
-"""The README's tables of what was measured on a GPU, from the files that gpu/run.py leaves.
+"""The tables of what was measured on a GPU, from the files that gpu/run.py leaves.
 
 python benchmarks/tables_gpu.py benchmarks/results/gpu
 """
@@ -17,6 +17,7 @@ from scipy.stats import t
 Results = dict[str, dict[str, Any]]
 
 NOT_YET = "not measured yet"
+HOW = "`benchmarks/gpu/README.md`"
 RUNS = {  # row of the table -> the names of its pieces
     "CIFAR stem": "{}_seed*",
     "`experiment=seed`": "seed_experiment_{}",
@@ -32,7 +33,9 @@ def load(folder: Path) -> Results:
 
 
 def gpu_summary(results: Results) -> str:
-    """All tables and their origin; what there is no result of says so."""
+    """All tables, and where they were measured; a cell without a result says so."""
+    if not results:
+        return f"Nothing has been measured on a GPU yet: {HOW} measures it."
     parts = (accuracy_table, few_bits_table, step_table, remarks, origins)
     return "\n\n".join(part(results) for part in parts)
 
@@ -131,14 +134,11 @@ def remarks(results: Results) -> str:
 
 def origins(results: Results) -> str:
     """Where, with what and when."""
-    how = "[benchmarks/gpu](benchmarks/gpu/README.md)"
-    if not results:
-        return f"No GPU was at hand: {how} measures all of it on one."
     places = dict.fromkeys(
         f"{x['gpu'] or x['cpu']}, torch {x['torch']}, {x['date']}, commit {str(x['commit'])[:10]}"
         for x in (result["environment"] for result in results.values())
     )
-    return f"{'; '.join(places)}: {how}."
+    return f"{'; '.join(places)}: {HOW}."
 
 
 def _matching(results: Results, names: str) -> list[dict[str, Any]]:
