@@ -17,8 +17,8 @@ def is_a(callback: Any, name: str) -> bool:
 
 
 def is_int8_model(module: nn.Module) -> bool:
-    """Return True where ``module`` is a converted network, by the name of its class."""
-    return is_a(module, "Int8Model") or is_a(module, "OnnxModel")
+    """Return True where ``module`` is a converted network: it knows the network it was made of."""
+    return "source" in getattr(module, "meta", {})
 
 
 def refuse_other_callbacks(ours: pl.Callback, trainer: pl.Trainer) -> None:
