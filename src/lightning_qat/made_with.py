@@ -1,4 +1,4 @@
-"""Which arguments made a checkpoint, kept in the checkpoint itself."""
+"""Store the arguments of a run in its checkpoints."""
 
 import hashlib
 from pathlib import Path
@@ -12,18 +12,19 @@ from lightning_qat.overrides import as_typed
 from lightning_qat.quantization.checkpoints import read_checkpoint
 from lightning_qat.resume import arguments, difference
 
-# What a checkpoint has settled, whatever a later command says; except for how long it trains.
+# A checkpoint fixes these arguments. Only the length of the training may change later.
 _CHOICES = ("stage", "data", "model")
 _BELOW = ("model.", "recipe.")
 _OPEN = (".epochs", ".milestones", ".compile")
 
 
 class MadeWith(pl.Callback):
-    """Puts the arguments of the command into each checkpoint, so that both are written at once.
+    """Store the arguments of the command in each checkpoint, so that both are written at once.
 
     Args:
-        weights: the file that the run starts from, if any: an argument whose content may change.
-        seed: of the run.
+        weights: the file that the run starts from, if any. Its content may change later, so its
+            hash is stored.
+        seed: seed of the run.
     """
 
     def __init__(self, weights: str | None, seed: int) -> None:
@@ -39,15 +40,15 @@ class MadeWith(pl.Callback):
                 self.digest = hashlib.file_digest(file, "sha256").hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
-        """What Lightning puts into the checkpoint."""
+        """Return the entries that Lightning stores in the checkpoint."""
         return {"overrides": self.overrides, "settled": self.settled, "weights": self.digest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that the run is continued as it began.
+        """Check that the run continues with the same arguments and the same starting weights.
 
         Raises:
-            UserError: with other arguments, which would name what they do not change; or another
-                run has written its weights to the file that this one started from.
+            UserError: the arguments are different, or another run has replaced the file of weights
+                that this run started from.
         """
         if (then := state_dict.get("settled", self.settled)) != self.settled:
             raise UserError(
@@ -63,10 +64,10 @@ class MadeWith(pl.Callback):
 
 
 def made_with(checkpoint: Path) -> list[str]:
-    """The arguments that made this checkpoint, empty where it does not say.
+    """Return the arguments that made this checkpoint, or an empty list if it does not hold any.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: the file is missing or damaged.
     """
     callbacks = read_checkpoint(checkpoint, "or start again.").get("callbacks", {})
     return callbacks.get(MadeWith.__qualname__, {}).get("overrides", [])

@@ -1,10 +1,10 @@
-"""A sweep that runs stage=fp32 and the stages that start from what it leaves in ``fp32_ckpt``."""
+"""Check a sweep that runs stage=fp32 together with stages that start from its ``fp32_ckpt``."""
 
 from omegaconf import DictConfig
 
 from lightning_qat.overrides import of_a_sweep
 
-# FP32 training looks at none of these; the first four name its file.
+# FP32 training does not depend on these. The first four are part of the name of its file.
 _OF_NO_WEIGHTS = (
     *("seed", "data", "model", "output_dir"),
     *("qconfig", "overrides", "only", "distill", "allow_saturation"),
@@ -14,7 +14,7 @@ _BELOW = ("qconfig.", "recipe.qat.", "budget.")
 
 
 def refused(config: DictConfig) -> str | None:
-    """Why jobs of this sweep could start from the weights of another job, and what to do."""
+    """Return why jobs of this sweep could use the wrong weights and what to do, or None."""
     swept = {
         override.get_key_element().lstrip("+"): list(override.sweep_string_iterator())
         for override in of_a_sweep(config)
