@@ -44,7 +44,7 @@ def main(cfg: DictConfig) -> float | None:
     uint8_input = checked_bool("uint8_input", cfg.uint8_input)
     if cfg.model.get("starts_trained") and cfg.model.weights != cfg.fp32_ckpt:
         raise UserError(
-            "model.weights starts stage=fp32, and this stage what that leaves: use fp32_ckpt=FILE."
+            "model.weights is for stage=fp32. This stage starts from fp32_ckpt: use fp32_ckpt=FILE."
         )
     datamodule = instantiate(cfg.data, _convert_="all")
     pl.seed_everything(cfg.seed, workers=True, verbose=False)

@@ -110,8 +110,8 @@ def test_two_jobs_of_a_sweep_do_not_share_a_folder(
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("hydra.sweep.subdir=a/b", "directly in the sweep's"),
-        ("hydra.sweep.subdir=..", "directly in the sweep's"),
+        ("hydra.sweep.subdir=a/b", "directly in the folder of the sweep"),
+        ("hydra.sweep.subdir=..", "directly in the folder of the sweep"),
         ("hydra.output_subdir=null", "know its jobs by .hydra/"),
     ],
 )

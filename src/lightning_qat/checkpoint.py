@@ -56,8 +56,7 @@ def refuse_to_replace(path: Path) -> None:
     names = set(read_checkpoint(path, f"or {hint}"))
     if not {"state_dict", "global_step"} <= names or "optimizer_states" in names:
         raise UserError(
-            f"{path} holds something else than weights that stage=fp32 has left, and would be "
-            f"replaced by them: {hint}"
+            f"{path} was not written by stage=fp32, and this run would replace it: {hint}"
         )
 
 
@@ -123,8 +122,8 @@ def load_weights(
         ) from error
     if wrong := [name for name, x in net.state_dict().items() if not x.isfinite().all()]:
         raise UserError(
-            f"{path} holds weights that are no finite numbers, in {wrong[0]} ({len(wrong)} tensors "
-            f"in all): its training had diverged. {hint}"
+            f"{path} holds weights that are not finite numbers, in {wrong[0]} ({len(wrong)} "
+            f"tensors in total), because its training diverged. {hint}"
         )
     log.info("weights of %s", path)
 
@@ -145,8 +144,8 @@ def check_resumable(path: str) -> None:
     tensors = {name: x for name, x in checkpoint["state_dict"].items() if isinstance(x, Tensor)}
     if wrong := [name for name, x in tensors.items() if x.isnan().any()]:
         raise UserError(
-            f"{path} holds weights that are no numbers, in {wrong[0]} ({len(wrong)} tensors in "
-            "all): its training had diverged. Start again, with a lower model.learning_rate."
+            f"{path} holds weights that are not numbers, in {wrong[0]} ({len(wrong)} tensors in "
+            "total), because its training diverged. Start again with a lower model.learning_rate."
         )
 
 

@@ -174,7 +174,7 @@ def _run_in_processes(hydra: HydraConf, script: Path, failure: Path) -> None:
     if failure.exists():
         log.error("%s", json.loads(failure.read_text())["message"])
     elif status:
-        raise RuntimeError(f"the first process of this job ended with {status} and said nothing")
+        raise RuntimeError(f"the first process of this job ended with {status} and no message")
 
 
 def end(status: int) -> NoReturn:
@@ -228,7 +228,7 @@ def _run(main: Callable[[], None]) -> None:
             extra = _EXTRAS.get(getattr(exit_.__context__, "missing_cfg_file", None) or "")
             if extra:
                 print(
-                    f"That needs a plugin of Hydra: pip install 'lightning_qat[{extra}]'.",
+                    f"This needs a plugin of Hydra: pip install 'lightning_qat[{extra}]'.",
                     file=sys.stderr,
                 )
             sys.exit(USERS_MISTAKE)
@@ -256,7 +256,7 @@ def users_mistake(error: BaseException | None) -> str | None:
             if "unexpected keyword" in str(error):
                 return f"an override names something that does not exist: {error}"
             if "__init__() missing" in str(error):
-                return f"an override takes away something that is needed: {error}"
+                return f"an override removes something that is needed: {error}"
             if "full_key: trainer" in str(error) and not isinstance(error.__cause__, UserError):
                 task = HydraConfig.get().overrides.task
                 given = [x for x in task if x.lstrip("+~").startswith("trainer")]
@@ -266,26 +266,27 @@ def users_mistake(error: BaseException | None) -> str | None:
                 )
         if str(error).startswith("You set `"):  # Lightning: torchrun or srun started another number
             return (
-                f"Lightning refuses the number of processes: {error} Set trainer.devices to that "
-                "of one machine, and trainer.num_nodes to that of machines."
+                f"Lightning refuses the number of processes: {error} Set trainer.devices to the "
+                "number on one machine, and trainer.num_nodes to the number of machines."
             )
         if "different number of parameter groups" in str(error):
             return (
-                "the checkpoint in ckpt_path is of an older version, which trained another way: "
-                "start again, from its weights if you like (model.weights=FILE)."
+                "the checkpoint in ckpt_path is from an older version, which trained in another "
+                "way: start again. You may start from its weights (model.weights=FILE)."
             )
         if "failed to create QNNPACK" in str(error):
             return (
-                "QNNPACK has no sum for these scales, which differ by 2^14 or more (2^8 the other "
-                "way): keep the branch that is nearly 0 in float with overrides, or use "
-                "qconfig=x86."
+                "QNNPACK cannot add these tensors, because their scales differ too much (by 2^14 "
+                "or more, or 2^8 the other way): keep the branch that is nearly 0 in float with "
+                "overrides, or use qconfig=x86."
             )
         if "Expected more than 1 value per channel" in str(error):
-            return "batch-norm cannot train on one image a step: raise data.batch_size."
+            return "batch-norm cannot train on one image per step: raise data.batch_size."
         if "Error(s) in loading state_dict" in str(error) and isinstance(error, RuntimeError):
             return (
-                f"the checkpoint in ckpt_path is of another run (another stage, model or class "
-                f"count): {str(error).splitlines()[0]} Name the last.ckpt of the run to continue."
+                "the checkpoint in ckpt_path belongs to another run (another stage, model or "
+                f"class count): {str(error).splitlines()[0]} Name the last.ckpt of the run to "
+                "continue."
             )
         error = error.__cause__
     return None

@@ -52,11 +52,11 @@ class ContinuedCheckpoint(ModelCheckpoint):
                     "kth_best_model_path": str(here),
                     "best_k_models": {str(here): score},
                 }
-        log.warning("%s is gone or another one: the best epoch before does not count", before)
+        log.warning("%s is missing or was replaced: the earlier best epoch is ignored", before)
         return {"best_model_path": ""}
 
     def _score_in(self, file: Path) -> Any:
-        checkpoint = read_checkpoint(file, "delete it to continue without it.")
+        checkpoint = read_checkpoint(file, "or delete the file to continue without it.")
         return checkpoint.get("callbacks", {}).get(self.state_key, {}).get("best_model_score")
 
 

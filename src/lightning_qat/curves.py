@@ -54,7 +54,7 @@ def _rows_before(checkpoint: Path) -> list[dict[str, Any]]:
     file = next((folder / name for name in (_KEPT, _FILE) if (folder / name).exists()), None)
     if file is None:
         return []
-    steps = read_checkpoint(checkpoint, "name another one.")["global_step"]
+    steps = read_checkpoint(checkpoint, "name another checkpoint.")["global_step"]
     text = file.read_text()
     whole_lines = text[: text.rfind("\n") + 1]  # a killed run may leave half a line
     rows = [

@@ -71,6 +71,6 @@ def is_in_use(folder: Path) -> bool:
 def refusal(folder: Path) -> str:
     """Return the message for the second process that asks for the folder."""
     return (
-        f"another process is at work in {folder}, which this one would get in the way of: wait for "
-        "it, or name another folder with hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER for a sweep)."
+        f"another process is at work in {folder}, and this process would disturb it: wait for it, "
+        "or name another folder with hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER for a sweep)."
     )

@@ -62,7 +62,7 @@ def tell() -> int:
         signal.signal(number, signal.SIG_IGN)  # nothing is left to interrupt
     if _command:
         name = "Ctrl-C" if _received == signal.SIGINT else signal.Signals(_received).name
-        jobs = " Jobs that submitit has started may run on: wait for them, or end them."
+        jobs = " Jobs that submitit started may continue to run: wait for them, or end them."
         print(
             f"\nInterrupted by {name}.{jobs * _jobs_run_on} This continues it:\n{_command}",
             file=sys.stderr,

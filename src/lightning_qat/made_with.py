@@ -53,12 +53,12 @@ class MadeWith(pl.Callback):
         if (then := state_dict.get("settled", self.settled)) != self.settled:
             raise UserError(
                 f"the run to continue was another one: {difference(then, self.settled)}. Give the "
-                "same arguments, or start another run, from its weights if you like."
+                "same arguments, or start another run, for example from the weights of this one."
             )
         if state_dict.get("weights") not in (None, self.digest):
             raise UserError(
-                f"{self.weights} holds other weights than when this run began: FP32, distillation "
-                "and comparisons would be those of another network. Put the old file there, or "
+                f"{self.weights} holds other weights than when this run began: the run would be "
+                "compared with another FP32 network, or learn from it. Put the old file there, or "
                 "start this run again in another folder."
             )
 

@@ -111,8 +111,8 @@ class ImageClassifier(pl.LightningModule):
             load_weights(self.net, weights, "net", hparams, hint=weights_hint, new_head=new_head)
         elif starts_trained:
             raise UserError(
-                "this stage starts from trained weights: set fp32_ckpt to their file, or leave it "
-                "out for the one that stage=fp32 writes."
+                "this stage starts from trained weights, and there are none: set fp32_ckpt to "
+                "their file, or leave fp32_ckpt out to use the file that stage=fp32 writes."
             )
         self._teacher: list[nn.Module] = []  # a list: the teacher is neither trained nor saved
         if distill:
@@ -155,8 +155,8 @@ class ImageClassifier(pl.LightningModule):
             planned, now = schedule.total_steps, self._total_steps()
             if planned != now:
                 raise UserError(
-                    f"the run to continue was planned for {planned} steps of one cycle, this one "
-                    f"has {now}: give it the same trainer.max_epochs, data.batch_size, "
+                    f"the run to continue was planned for {planned} steps of one cycle, and this "
+                    f"run has {now}: set the same trainer.max_epochs, data.batch_size, "
                     "data.val_size and number of processes."
                 )
 

@@ -26,7 +26,7 @@ USERS_MISTAKE = 2
 
 EPILOG = """\
 Each image gives one line: its name, the most probable class, and the next two.
-On a terminal they stand in columns; elsewhere tabs separate them, and
+A terminal shows them in columns; elsewhere tabs separate them, and
 probabilities go from 0 to 1.
 
 An image may have any size: the largest square in its middle counts. It is

@@ -55,14 +55,14 @@ def refused(config: DictConfig) -> str | None:
         return None
     if config.hydra.mode == RunMode.MULTIRUN:
         return (
-            f"a sweep starts the processes of each job itself, and here are {count} that torchrun "
-            "or srun has started: leave torchrun or srun out, or leave -m out."
+            f"a sweep starts the processes of each job itself, but torchrun or srun has started "
+            f"{count} processes: leave torchrun or srun out, or leave -m out."
         )
     if not _several(config):
         return (
             f"torchrun or srun has started {count} processes, and this configuration is for one: "
             "add trainer=ddp (without GPUs: trainer=ddp_cpu), or start one process only. (In a "
-            "SLURM job of several tasks, one process without srun counts as all: srun -n1.)"
+            "SLURM job with several tasks, start one process with srun -n1.)"
         )
     if "${now:" in OmegaConf.to_yaml(config.hydra.run):
         return (
@@ -82,7 +82,7 @@ def wanted(cfg: DictConfig) -> bool:
         return False
     if OmegaConf.select(cfg, "trainer.num_nodes") not in (None, 1):
         raise UserError(
-            f"trainer.num_nodes={cfg.trainer.num_nodes}, and this command has been started on one "
+            f"trainer.num_nodes={cfg.trainer.num_nodes}, but this command was started on one "
             "machine only: start it with srun, or with torchrun on each machine."
         )
     return _several(cfg)

@@ -72,7 +72,7 @@ def refused_sweep(config: DictConfig) -> str | None:
     if config.hydra.output_subdir != ".hydra":
         return (
             f"hydra.output_subdir={config.hydra.output_subdir} is not permitted in a sweep: its "
-            "report and resume=true know its jobs by .hydra/. Leave it out."
+            "report and resume=true know its jobs by .hydra/. Leave this argument out."
         )
     if any(in_use.is_in_use(place) for place in (folder, *folder.glob("*/"))):
         return in_use.refusal(folder)
@@ -86,8 +86,8 @@ def refused_sweep(config: DictConfig) -> str | None:
     then, now = _read(folder / SWEEP_FILE), _sweep_arguments(config)
     if then is None:
         return (
-            f"{folder} holds jobs but no {SWEEP_FILE}, so they are not of one sweep, or of one of "
-            "an older version, which cannot be resumed: name another folder."
+            f"{folder} holds jobs but no {SWEEP_FILE}: they do not belong to one sweep, or an "
+            "older version made them. They cannot be resumed: name another folder."
         )
     if list(then.items()) != list(now.items()):  # the order of the arguments numbers the jobs
         return (
@@ -123,15 +123,16 @@ def refuse_shared_folder(cfg: DictConfig, hydra: HydraConf) -> None:
     folder, overrides = Path(hydra.runtime.output_dir), as_typed(hydra.overrides.task)
     if folder.resolve().parent != Path(hydra.sweep.dir).resolve():
         raise UserError(
-            f"hydra.sweep.subdir={hydra.sweep.subdir} is no name of one folder, such as "
-            "${hydra.job.num}: reports and resume=true look for jobs directly in the sweep's."
+            f"hydra.sweep.subdir={hydra.sweep.subdir} is not the name of one folder: reports and "
+            "resume=true find only jobs directly in the folder of the sweep. Use a name such as "
+            "${hydra.job.num}."
         )
     done, now = _finished_with(folder), arguments(overrides)
     if cfg.resume and done not in (None, now):  # a search may suggest other values than before
         raise UserError(
             f"{folder} holds the results of another job: {difference(done or {}, now)}. The "
-            "search takes another course than before, as it does where a job that failed now ends "
-            "well. Start it again in another folder, hydra.sweep.dir=FOLDER."
+            "search suggests other values than before, for example because a job that failed now "
+            "succeeds. Start it again in another folder, hydra.sweep.dir=FOLDER."
         )
     if not cfg.resume:  # the folder of the sweep was empty at its start
         try:
@@ -203,7 +204,7 @@ def difference(then: Arguments, now: Arguments) -> str:
     """Describe in words the arguments that differ."""
     names = [name for name in then | now if then.get(name) != now.get(name)]
     if not names:
-        return "the same arguments in another order, which numbers its jobs"
+        return "the same arguments in another order, and the order numbers the jobs"
     old, new = (
         " ".join(f"{name}={args[name]}" for name in names if name in args) or "none of it"
         for args in (then, now)
@@ -259,7 +260,7 @@ def _empty(config: DictConfig) -> str | None:
     for override in of_a_sweep(config):
         if override.is_discrete_sweep() and next(override.sweep_string_iterator(), None) is None:
             return (
-                f"{override.input_line} stands for no value at all, so this sweep has no job: name "
-                "values that there are (python train.py --help shows the choices)."
+                f"{override.input_line} matches no value, so this sweep has no job: name values "
+                "that exist (python train.py --help shows the choices)."
             )
     return None

@@ -24,11 +24,11 @@ def refused(config: DictConfig) -> str | None:
     if "fp32" not in stages or set(stages) == {"fp32"}:
         return None
     if stages[0] != "fp32":
-        return f"stage={','.join(stages)}: the others start from what fp32 leaves: put it first."
+        return f"stage={','.join(stages)}: the others start from the weights of fp32: put it first."
     if not config.hydra.launcher._target_.endswith(".BasicLauncher"):
         return (
-            "this launcher runs jobs at the same time, and the other stages start from what "
-            "stage=fp32 leaves: run -m stage=fp32 first, and then the others with this launcher."
+            "this launcher runs jobs at the same time, but the other stages start from the weights "
+            "of stage=fp32: run -m stage=fp32 first, and then the others with this launcher."
         )
     given = {override.get_key_element().lstrip("+") for override in of_a_sweep(config)}
     trains = [x for x in swept if x not in _OF_NO_WEIGHTS and not x.startswith(_BELOW)]
@@ -37,8 +37,8 @@ def refused(config: DictConfig) -> str | None:
             f"${{{x}}}" if "." in x else f"${{hydra:runtime.choices.{x}}}" for x in trains
         )
         return (
-            f"the stage=fp32 of each value of {', '.join(trains)} would leave its weights in the "
-            "same file, and the others would start from the last: give each a file of its own, "
-            f"'fp32_ckpt=${{output_dir}}/fp32/{values}.ckpt'."
+            f"stage=fp32 would write its weights to the same file for each value of "
+            f"{', '.join(trains)}, and the other stages would start from the last weights: give "
+            f"each value its own file, 'fp32_ckpt=${{output_dir}}/fp32/{values}.ckpt'."
         )
     return None

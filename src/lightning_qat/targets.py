@@ -49,9 +49,9 @@ def checked(config: Any, known: Collection[str], file: Path) -> DictConfig:
     for name in _targets(plain):
         if name not in known:
             raise UserError(
-                f"{file} names {name!r} as something to call, which neither conf/ nor this command "
-                "does, and what lies in a run's folder is not trusted: name it in conf/ if it is "
-                "yours, or delete this folder."
+                f"{file} names {name!r} as something to call, but neither conf/ nor this command "
+                "names it, and the content of a run's folder is not trusted: name it in conf/ "
+                "if it is yours, or delete this folder."
             )
     return OmegaConf.create(plain)
 
