@@ -65,7 +65,7 @@ def test_a_damaged_cache_is_made_anew(
     cache.write_bytes(b"some text" if damage == "other content" else content[:kept])
     with caplog.at_level(logging.WARNING):
         build_cache(root, sha1)
-    assert "damaged and will be made anew" in caplog.text
+    assert "damaged and will be made again" in caplog.text
     assert read_cache(root, sha1) is not None
 
 
