@@ -273,7 +273,7 @@ FOLDER: dict[str, tuple[Callable[[Path], object], str]] = {
         "1.png cannot be read: No such file",
     ),
     "decompression bomb": (bomb, "1.png is too large an image"),
-    "strip": (strip, "1.png cannot be decoded.*too long a strip"),
+    "strip": (strip, "1.png cannot be decoded.*too long and narrow"),
     "program": (lambda r: (r / "train/a/1.png").write_bytes(POSTSCRIPT), "1.png is no image"),
 }
 

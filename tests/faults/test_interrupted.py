@@ -80,5 +80,5 @@ def test_jobs_that_submitit_has_started_are_mentioned(tmp_path: Path) -> None:
     process = start(["-m", "launcher=submitit_local", *sweep], tmp_path / "out")
     assert wait_for(Phase("submitted", "sweep/.submitit/*/*_log.out"), tmp_path / "out", process)
     assert send(process, signal.SIGINT) == 130, process.printed()
-    assert "Ctrl-C. Jobs that submitit has started may run on" in process.printed()
+    assert "Ctrl-C. Jobs that submitit started may continue to run" in process.printed()
     assert "hydra.sweep.dir=" in " ".join(command_in(process.printed()))

@@ -68,7 +68,7 @@ def test_one_command_gives_one_answer(
     assert "Best within 5 MB: qconfig=b" in seen.words
     assert "1 of 4 jobs failed" in seen.words
     assert "failed 9 bits do not fit <b>quint8</b>: take 8." in seen.words
-    assert "All of them with data=digits, and each with:" in seen.words
+    assert "All runs have data=digits. Each run also has:" in seen.words
     assert "3qconfig=<w9> failed" in seen.words
     assert "python train.py -m qconfig=a,b data=digits" in seen.words
     (speed,) = [words for words in seen.words.split("Fastest on the front")[1:]]

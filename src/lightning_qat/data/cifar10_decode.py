@@ -60,7 +60,9 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
         if module_name.partition(".")[0] == "numpy" and global_name in _ADMITTED:
             return _ADMITTED[global_name]
-        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, which is not part of a batch")
+        raise pickle.UnpicklingError(
+            f"it asks for {module_name}.{global_name}, which is not part of a batch"
+        )
 
 
 def decode_pickle(members: Mapping[str, bytes], name: str) -> Records:
