@@ -78,7 +78,7 @@ class TakesTurns(SmallNet):
 
 
 def test_other_layers_from_step_to_step_are_refused(tmp_path: Path) -> None:
-    match = r"training calls 'other/conv2d.0' in some steps only.*no one INT8 model"
+    match = r"training calls 'other/conv2d.0' in some steps only.*no single INT8 model"
     refused(match, tmp_path, SmallModule(TakesTurns()))
 
 

@@ -91,7 +91,7 @@ class TrainsTheHead(SmallModule):
 
 @pytest.mark.parametrize(
     ("module", "message"),
-    [(Decays, "weight decay draws learned scales to 0"), (TrainsTheHead, "no optimizer has all")],
+    [(Decays, "weight decay moves learned scales to 0"), (TrainsTheHead, "no optimizer has all")],
 )
 def test_optimizers_that_would_harm_scales_are_told_of(
     module: type[SmallModule], message: str, tmp_path: Path

@@ -135,7 +135,7 @@ def load_best(trainer: pl.Trainer, best: str) -> dict[str, Any]:
             return trainer.strategy.load_checkpoint(best, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"the best checkpoint {best} cannot be read without executing what it holds: "
+            f"the best checkpoint {best} cannot be read without executing code in it: "
             f"{found_in_file(error)}\nWas it written by this run? Delete it and start again."
         ) from error
 

@@ -82,8 +82,8 @@ class Overrides:
                 )
             raise UserError(
                 f"overrides: {getattr(key, '__name__', key)!r} changes nothing. Batch-norm and "
-                "ReLU go with the layer before them: name that layer. What has no integer kernel "
-                "is in float anyway."
+                "ReLU go with the layer before them: name that layer. Layers without an integer "
+                "kernel are in float anyway."
             )
 
     def describe(self) -> str:

@@ -186,7 +186,7 @@ def resolve_qconfig(qconfig: Any, allow_saturation: bool) -> QConfig:
             raise UserError(
                 f"this qconfig uses 8-bit activations on {qconfig.engine!r}, and this CPU has no "
                 "VNNI: sums of two products would saturate in its kernels and cost accuracy. Use "
-                "qconfig=x86, or allow_saturation=true to do it all the same."
+                "qconfig=x86, or set allow_saturation=true to accept this."
             )
         rank_zero_warn(
             "this qconfig is made for a GPU. This CPU has no VNNI, so its kernels saturate: the "
