@@ -1,4 +1,4 @@
-"""The README's tables of what was measured on a GPU, from the files that gpu/run.py leaves.
+"""Make the README's tables of the GPU measurements, from the files of gpu/run.py.
 
 python benchmarks/tables_gpu.py benchmarks/results/gpu
 """
@@ -27,18 +27,18 @@ MODES = ("eager", "default")
 
 
 def load(folder: Path) -> Results:
-    """The results that are there, by the name of the piece."""
+    """Return the existing results, by the name of the piece."""
     return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
 
 
 def gpu_summary(results: Results) -> str:
-    """All tables and their origin; what there is no result of says so."""
+    """Return all tables and their sources. A missing result is named as missing."""
     parts = (accuracy_table, few_bits_table, step_table, remarks, origins)
     return "\n\n".join(part(results) for part in parts)
 
 
 def accuracy_table(results: Results) -> str:
-    """One row a recipe: means over the seeds, and differences between networks of one seed."""
+    """Return one row per recipe: means over the seeds, and differences of networks of one seed."""
     lines = [
         "| ResNet18 | epochs | FP32 | QAT INT8 | QAT - FP32, points | PTQ - FP32, points "
         "| training, FP32 + QAT |",
@@ -59,7 +59,7 @@ def accuracy_table(results: Results) -> str:
 
 
 def few_bits_table(results: Results) -> str:
-    """One row a number of bits, with learned scales, on the CIFAR stem."""
+    """Return one row per number of bits, with learned scales, on the CIFAR stem."""
     lines = [
         "| CIFAR stem, learned scales | epochs of QAT | INT8 | INT8 - FP32, points |",
         "| --- | --- | --- | --- |",
@@ -73,7 +73,7 @@ def few_bits_table(results: Results) -> str:
 
 
 def step_table(results: Results) -> str:
-    """One row a precision and torch.compile mode, of the CIFAR stem."""
+    """Return one row per precision and torch.compile mode, with the CIFAR stem."""
     lines = [
         "| training step | torch.compile | FP32, ms | QAT, ms | QAT / FP32 | loop, images/s "
         "| data path / step | GPU memory | share of matrix rate |",
@@ -100,7 +100,7 @@ def step_table(results: Results) -> str:
 
 
 def remarks(results: Results) -> str:
-    """What the figures mean, and the two that need no table."""
+    """Return the meaning of the figures, and the two figures that need no table."""
     same = []
     for stage in ("fp32", "qat"):
         result = results.get(f"deterministic_{stage}")
@@ -130,7 +130,7 @@ def remarks(results: Results) -> str:
 
 
 def origins(results: Results) -> str:
-    """Where, with what and when."""
+    """Return machine, versions and date."""
     how = "[benchmarks/gpu](benchmarks/gpu/README.md)"
     if not results:
         return f"No GPU was at hand: {how} measures all of it on one."

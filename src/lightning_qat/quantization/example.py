@@ -68,8 +68,8 @@ def _first_batch(pl_module: pl.LightningModule, trainer: pl.Trainer) -> Any:
         batch = next(iter(loader), None) if loader is not None else None
         if batch is None:
             raise UserError(
-                "there is no training batch that would show the network's inputs: give the "
-                "callback `example_inputs=`."
+                "there is no training batch to find the network's inputs: give the callback "
+                "`example_inputs=`."
             )
         return pl_module._apply_batch_transfer_handler(batch, device=torch.device("cpu"))
 

@@ -89,10 +89,11 @@ def refuse_unobserved(unobserved: list[str], target: str) -> None:
     if unobserved:
         raise UserError(
             f"training has run without the observers of {unobserved[0]!r} ({len(unobserved)} in "
-            "all), so its scale is unknown. Either freeze_observer_epoch has come before they saw "
-            f"anything: raise it; or training_step does not use {target!r} itself but holds its "
-            "layers by another name: use that one; or it does not use it in the first epoch: let "
-            "it."
+            "total), so its scale is unknown. There are three possible reasons. "
+            "freeze_observer_epoch has come before the observers saw data: raise it. Or "
+            f"training_step does not use {target!r} but another name of its layers: set `target` "
+            f"to that name. Or training_step does not use {target!r} in the first epoch: use it "
+            "there."
         )
 
 
@@ -110,7 +111,7 @@ def refuse_what_is_not_finite(net: nn.Module, quantization: Quantization) -> Non
             raise UserError(
                 f"{name!r} is NaN or infinite, so there is nothing to convert to INT8. Either "
                 "training has diverged: lower the learning rate; or an image holds such a value: "
-                "correct that. Go on from an earlier checkpoint."
+                "correct the image. Then continue from an earlier checkpoint."
             )
 
 
@@ -123,4 +124,4 @@ def warn_of_learned_scales(trainer: pl.Trainer, quantization: Quantization) -> N
     if len(of_scale) < len(scales):
         rank_zero_warn(f"no optimizer has all learned scales of this qconfig: {advice}.")
     if any(group.get("weight_decay") for group in of_scale.values()):
-        rank_zero_warn(f"weight decay draws learned scales to 0: {advice} with weight_decay=0.")
+        rank_zero_warn(f"weight decay moves learned scales to 0: {advice} with weight_decay=0.")

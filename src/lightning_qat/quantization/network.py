@@ -444,8 +444,8 @@ def prepare(
     for before, after in zip(tensors(output), tensors(again), strict=True):
         if not torch.allclose(before.float(), after.float(), rtol=1e-3, atol=1e-5, equal_nan=True):
             raise UserError(
-                f"{type(net).__name__} changes a tensor in place and goes on with it under another "
-                "name, as in `x.add_(y)` without `x =`: fake quantization would be lost there. "
+                f"{type(net).__name__} changes a tensor in place and uses it again without the "
+                "result, as in `x.add_(y)` without `x =`: fake quantization would be lost there. "
                 "Write `x = x + y`."
             )
     quantization.is_ready = not quantization.unobserved()
@@ -465,7 +465,7 @@ def _run(quantization: Quantization, mode: Any, args: Any, kwargs: Any) -> Any:
 
 
 _CHANGES = (
-    "which it did not call when the network was prepared: a network that calls other layers from "
-    "step to step has no one INT8 model. Point `target` at a part that always runs the same "
-    "layers, or give `example_inputs` of the kind that it is used with."
+    "which it did not call when the network was prepared: a network that calls other layers in "
+    "each step has no single INT8 model. Point `target` at a part that always runs the same "
+    "layers, or give `example_inputs` that are like its real inputs."
 )
