@@ -1,4 +1,4 @@
-"""Paths in the commands that a run prints or starts come back from Hydra as they were."""
+"""Hydra reads the paths in printed and started commands without changes."""
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString

@@ -1,4 +1,4 @@
-"""The README's example runs, and what it names exists."""
+"""The README's example runs, and everything that it names exists."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""The decoded cache: made once, whole or not at all, and made anew where it is damaged."""
+"""The decoded cache is made once and completely, and made again if it is damaged."""
 
 import logging
 import multiprocessing

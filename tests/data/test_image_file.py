@@ -1,4 +1,4 @@
-"""Whatever kind of image file there is, the network sees what a viewer shows of it."""
+"""For every kind of image file, the network gets the picture that an image viewer shows."""
 
 import warnings
 from pathlib import Path

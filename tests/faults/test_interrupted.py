@@ -1,4 +1,4 @@
-"""Ctrl-C: what was saved stays, and the command that is printed ends as if nothing had happened."""
+"""Ctrl-C keeps all saved files, and the printed command ends like an uninterrupted run."""
 
 import json
 import shlex
@@ -21,7 +21,7 @@ Undisturbed = Callable[[str], tuple[Path, dict[str, float], list[str]]]
 
 
 def command_in(printed: str) -> list[str]:
-    """The arguments of the command that continues it."""
+    """Return the arguments of the printed command."""
     assert "Traceback" not in printed
     python, script, *args = shlex.split(printed.split(COMMAND_FOLLOWS)[1])
     assert (python, Path(script).name) == ("python", "train.py")

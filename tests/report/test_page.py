@@ -1,4 +1,4 @@
-"""What a reader of report.html finds."""
+"""The content of report.html."""
 
 import json
 import re
@@ -196,7 +196,7 @@ def test_many_classes_are_the_most_confused_pairs(tmp_path: Path) -> None:
 
 
 def test_same_run_gives_the_same_page_and_leaves_matplotlib_alone(tmp_path: Path) -> None:
-    settings = set(matplotlib.rcParams) - {"backend"}  # reading it would choose one
+    settings = set(matplotlib.rcParams) - {"backend"}  # reading it would choose a backend
     before = {name: matplotlib.rcParams[name] for name in settings}
     run = make_run("qat", tmp_path / "run")
     pages = set()
