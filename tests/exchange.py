@@ -66,7 +66,7 @@ def found(folder: Path, continued: Path) -> dict[str, tuple[Tensor, float]]:
     flat = torch.cat([x.flatten().float() for name, x in weights.items() if "weight" in name])
     return {
         "fp32 weights": (classifier(cfg)(images), FLOAT),
-        "last.ckpt, fake-quantised": (fake_quant, FLOAT),
+        "last.ckpt, fake-quantized": (fake_quant, FLOAT),
         "last.ckpt, INT8": (int8, EXACT),
         "last.ckpt, continued, weights": (flat, FLOAT),
         "last.ckpt, continued, INT8": (both[1], FLOAT),
