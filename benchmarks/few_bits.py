@@ -33,7 +33,7 @@ def main() -> None:
     """Read the sweeps, estimate batch-norm again, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweeps", nargs="+", type=Path)
-    parser.add_argument("--batches", type=int, default=100, help="0 = do not estimate batch-norm again")
+    parser.add_argument("--batches", type=int, default=100, help="0 = keep the batch-norm")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     found = [configurations(read_runs(sweep)) for sweep in args.sweeps]
