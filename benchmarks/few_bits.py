@@ -93,7 +93,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Return the table in Markdown; differences are in points."""
     lines = [
         "| configuration | INT8 test accuracy | INT8 - FP32 | to the first row "
-        "| batch-norm estimated anew | MB, packed |",
+        "| batch-norm estimated again | MB, packed |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for each in rows:

@@ -27,7 +27,10 @@ from record import RESULTS, origin
 from torch import Tensor, nn
 
 from lightning_qat.atomic import atomic_path
+from lightning_qat.quantization.lower import lower
 from lightning_qat.quantization.network import prepare
+from lightning_qat.quantization.onnx_export import export_onnx
+from lightning_qat.quantization.onnx_names import input_names, output_names
 from lightning_qat.quantization.qconfig import QConfig
 
 os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")  # NNCF compiles its kernels once
@@ -89,12 +92,11 @@ def distance(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def ours(name: str) -> dict[str, Any]:
-    """Quantize, train, convert, and compare layer by layer."""
-    from lightning_qat.quantization.convert import convert
+    """Quantize, train, lower once, and compare layer by layer what comes of that graph."""
+    from lightning_qat.quantization.torch_kernels import to_torch_kernels
 
     net, example = float_network(CATALOGUE[name])
     quantization = prepare(net, *example, lambda _: QCONFIG)
-    quantization.example = example
     quantization.observe(True)
     train(net, example)
     with torch.no_grad():
@@ -108,9 +110,12 @@ def ours(name: str) -> dict[str, Any]:
         "layers": sum(call.kind == "layer" for call in plan.calls.values()) + len(plan.in_float),
         "in_float": plan.in_float,
         "integer_share": plan.integer_share(),
-        "onnx": compare_onnx(net, example, expected, distance),
     }
-    int8_model = convert(net, ENGINE)
+    program = lower(net, *example)
+    int8_model = to_torch_kernels(program.module(check_guards=False), ENGINE)
+    names = input_names(net.forward, *example)
+    proto = export_onnx(program, names, output_names(net(*example[0], **example[1])))
+    row["onnx"] = compare_onnx(net, example, proto, expected, distance)
     with torch.no_grad():
         found = outputs(int8_model, example)
     row["torch"] = compare_torch(net, example, int8_model)

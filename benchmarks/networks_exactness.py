@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_qat.quantization.arithmetic import Quantize
 from lightning_qat.quantization.network import Quantization, quantization_of
-from lightning_qat.quantization.to_onnx import to_onnx
 from lightning_qat.quantization.to_openvino import keep_every_rounding
 
 LAYERS = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
@@ -94,6 +93,7 @@ class _Difference:
 def compare_onnx(
     net: nn.Module,
     example: Example,
+    proto: onnx.ModelProto,
     expected: list[Tensor],
     distance: Callable[[list[Tensor], list[Tensor]], float],
 ) -> dict[str, Any]:
@@ -104,7 +104,6 @@ def compare_onnx(
             ``off`` (unequal values) and ``worst`` (steps) of all integers, layer by layer;
             ``distance`` of the outputs, and ``openvino_distance`` or ``openvino_error``.
     """
-    proto = to_onnx(net, *example[0], **example[1])
     feeds = dict(zip([x.name for x in proto.graph.input], _arrays(example), strict=False))
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"

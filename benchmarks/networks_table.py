@@ -27,7 +27,7 @@ def summary(rows: dict[str, Any]) -> str:
         f"{len(rows)} of the {len(CATALOGUE)} networks of benchmarks/networks_catalogue.py are "
         "measured so far, some not with all tools.",
         "",
-        "| package | ours works | exact in ONNX Runtime, layer by layer | torch FX works "
+        "| package | lightning_qat works | exact in ONNX Runtime, layer by layer | torch FX works "
         "| NNCF works |",
         "| --- | --- | --- | --- | --- |",
     ]
@@ -35,8 +35,9 @@ def summary(rows: dict[str, Any]) -> str:
         mine = [row for name, row in rows.items() if name.startswith(f"{group}/")]
         ours = [x["ours"] for x in mine if works(x.get("ours"))]
         counts = [
-            f"{sum(works(x.get(tool)) for x in mine)} of {sum(tool in x for x in mine)}"
+            f"{sum(works(x.get(tool)) for x in mine)} of {tried}" if tried else "not measured"
             for tool in ("ours", "fx", "nncf")
+            for tried in [sum(tool in x for x in mine)]
         ]
         lines.append(
             f"| {PACKAGES.get(group, group)} | {counts[0]} "

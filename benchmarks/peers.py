@@ -192,10 +192,11 @@ def markdown(result: dict[str, Any]) -> str:
     lines += ["", *(f"- skipped: {name}, {why}" for name, why in result["skipped"].items()), ""]
     lines.append(
         "1 image, 1 thread, all in the same rounds. ±: 95 % binomial interval of "
-        f"{result['test_images']} test images. Ours: int8_*. `nncf_<preset>_<images>`: NNCF's "
-        "post-training quantisation, calibrated on so many images; `_f32`: run with "
+        f"{result['test_images']} test images. lightning_qat: `int8_*`. "
+        "`nncf_<preset>_<images>`: NNCF's "
+        "post-training quantization, calibrated on so many images; `_f32`: run with "
         "INFERENCE_PRECISION_HINT=f32, else as OpenVINO comes. `ort_*`: ONNX Runtime's static "
-        f"quantisation. {origin_in_words(result)}"
+        f"quantization. {origin_in_words(result)}"
     )
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,6 @@
-"""Write the README's tables, plot and summaries from the files in benchmarks/results/.
+"""Write the tables and the plot of README.md and docs/ from the files in benchmarks/results/.
+
+Each table stands between two comments with its name, in the page that has them.
 
 After a measurement on a quiet machine:
 
@@ -19,7 +21,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import networks_table
 import tables_gpu
-from record import origin_in_words
+from record import full_table, origin_in_words
 from tables_training import training_summary
 
 from lightning_qat.report.intervals import wilson
@@ -27,7 +29,8 @@ from lightning_qat.report.titles import fastest, runtime, title
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PLOT = RESULTS / "accuracy_latency.svg"
+PLOT = ROOT / "docs" / "accuracy_latency.svg"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
 
 def load() -> dict[str, dict[str, dict[str, Any]]]:
@@ -39,47 +42,78 @@ def load() -> dict[str, dict[str, dict[str, Any]]]:
     }
 
 
+def summary(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The table of the README: what a user gets."""
+    lines = [
+        "| ResNet18 | network | test accuracy | file | fastest runtime "
+        "| speed-up over PyTorch FP32, eager | speed-up over the fastest FP32 runtime |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, stages in results.items():
+        for row, stage, network in ROWS:
+            label = _label(name) if row == "FP32" else ""
+            lines.append(f"| {label} | {row} | {' | '.join(_cells(stages[stage], network))} |")
+    return "\n".join([*lines, "", *_notes(results)])
+
+
 def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """One row for each network of each result, FP32 first."""
+    """The same with the agreement between the runtimes."""
     lines = [
         "| ResNet18 | | test accuracy | agreement | size | fastest | FP32 eager = 1 "
         "| best FP32 = 1 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    notes = []
     for name, stages in results.items():
-        label = name.replace("_", " ")
         for row, stage, network in ROWS:
-            lines.append(_row(stages[stage], label if row == "FP32" else "", row, network))
-        qat = stages["qat"]
-        where = qat["environment"]
-        notes.append(
-            f"{label}: seed {qat['seed']}, {stages['fp32']['epochs']} FP32 and {qat['epochs']} QAT "
-            f"epochs, {where['cpu']} ({'with' if where['vnni'] else 'without'} VNNI), torch "
-            f"{where['torch']}, {where['date']}, commit {where['commit'][:10]}: "
-            f"`{_whole_road(qat['command'])}`."
-        )
-    return "\n".join([*lines, "", *notes])
+            accuracy, *others = _cells(stages[stage], network)
+            agreement = ""
+            if network == "int8":
+                shares = stages[stage]["agreement"].values()
+                agreement = " / ".join(f"{share:.2%}" for share in shares)
+            label = _label(name) if row == "FP32" else ""
+            cells = " | ".join([accuracy, agreement, *others])
+            lines.append(f"| {label} | {row} | {cells} |")
+    return "\n".join([*lines, "", *_notes(results)])
 
 
+LABELS = {"cifar10_imagenet_stem": "CIFAR-10, ImageNet stem"}
 ROWS = [("FP32", "qat", "fp32"), ("PTQ INT8", "ptq", "int8"), ("QAT INT8", "qat", "int8")]
 
 
-def _row(metrics: dict[str, Any], name: str, title: str, network: str) -> str:
-    accuracy, images = metrics["accuracy"][network], metrics["test_images"]
-    low, high = wilson(accuracy, images)
+def _label(name: str) -> str:
+    return LABELS.get(name, name.replace("_", " "))
+
+
+def _notes(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """One sentence a result: seed, epochs, machine, versions, date and command."""
+    notes = []
+    for name, stages in results.items():
+        qat = stages["qat"]
+        where = qat["environment"]
+        notes.append(
+            f"{_label(name)}: seed {qat['seed']}, {stages['fp32']['epochs']} FP32 and "
+            f"{qat['epochs']} QAT epochs, {where['cpu']} "
+            f"({'with' if where['vnni'] else 'without'} VNNI), torch "
+            f"{where['torch']}, {where['date']}, commit {where['commit'][:10]}: "
+            f"`{_all_stages(qat['command'])}`."
+        )
+    return notes
+
+
+def _cells(metrics: dict[str, Any], network: str) -> list[str]:
+    """Accuracy, size, fastest runtime and its two speed-ups."""
+    accuracy = metrics["accuracy"][network]
+    low, high = wilson(accuracy, metrics["test_images"])
     latency = metrics["latency_ms"]
     best = _fastest(metrics, network)
     best_fp32 = _fastest(metrics, "fp32")
-    agreement = ""
-    if network == "int8":
-        agreement = " / ".join(f"{share:.2%}" for share in metrics["agreement"].values())
-    return (
-        f"| {name} | {title} | {accuracy:.2%} ± {(high - low) / 2:.2%} | {agreement} "
-        f"| {metrics['size_bytes'][network] / 1e6:.1f} MB | {runtime(best)} "
-        f"| {latency['fp32_eager']['p50'] / latency[best]['p50']:.1f}x "
-        f"| {latency[best_fp32]['p50'] / latency[best]['p50']:.1f}x |"
-    )
+    return [
+        f"{accuracy:.2%} ± {(high - low) / 2:.2%}",
+        f"{metrics['size_bytes'][network] / 1e6:.1f} MB",
+        runtime(best),
+        f"{latency['fp32_eager']['p50'] / latency[best]['p50']:.1f}x",
+        f"{latency[best_fp32]['p50'] / latency[best]['p50']:.1f}x",
+    ]
 
 
 def _fastest(metrics: dict[str, Any], network: str) -> str:
@@ -88,7 +122,7 @@ def _fastest(metrics: dict[str, Any], network: str) -> str:
     return best
 
 
-def _whole_road(command: str) -> str:
+def _all_stages(command: str) -> str:
     return command.replace("stage=qat", "stage=fp32,ptq,qat").replace("train.py", "train.py -m")
 
 
@@ -108,10 +142,10 @@ def plot(results: dict[str, dict[str, dict[str, Any]]]) -> None:
                 yerr=[[100 * (accuracy - low)], [100 * (high - accuracy)]],
                 marker=marker,
                 capsize=3,
-                label=f"{row}, {name.replace('_', ' ')}",
+                label=f"{row}, {_label(name)}",
             )
     axes.set_xlim(left=0)
-    axes.set_xlabel("speed of the fastest runtime at 1 image on 1 thread, FP32 eager = 1")
+    axes.set_xlabel("speed-up of the fastest runtime over PyTorch FP32, eager (1 image, 1 thread)")
     axes.set_ylabel("test accuracy, %")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=len(ROWS), fontsize="x-small")
@@ -122,8 +156,7 @@ def networks_summary() -> str:
     """The networks that people use: which work, and how exact they are."""
     result = json.loads((RESULTS / "networks.json").read_text())
     text = networks_table.summary(result["networks"])
-    where = origin_in_words(result)
-    return f"{text}\n\n{where} [Network by network](benchmarks/results/networks.md)."
+    return f"{text}\n\n{origin_in_words(result)} {full_table(RESULTS / 'networks.json')}"
 
 
 def latency_summary() -> str:
@@ -138,13 +171,9 @@ def latency_summary() -> str:
             "| FP32 eager = 1 | " + _ratios(result, "over_fp32_eager") + " |",
             "| best FP32 = 1 | " + _ratios(result, "over_best_fp32") + " |",
             "",
-            f"{origin_in_words(result)} [All runtimes]({_tables(file)}).\n",
+            f"{origin_in_words(result)} {full_table(file)}\n",
         ]
     return "\n".join(parts).rstrip()
-
-
-def _tables(file: Path) -> Path:
-    return file.with_suffix(".md").relative_to(ROOT)
 
 
 def _cell_head(cell: dict[str, Any]) -> str:
@@ -161,7 +190,7 @@ def _ratios(result: dict[str, Any], name: str) -> str:
 
 
 def peers_summary() -> str:
-    """Ours, the fastest and the most accurate of each peer, of each model."""
+    """lightning_qat, and the fastest and the most accurate of each peer, of each model."""
     parts = []
     for file in sorted(RESULTS.glob("peers_*.json")):
         result = json.loads(file.read_text())
@@ -172,7 +201,11 @@ def peers_summary() -> str:
             "| best FP32 = 1 |",
             "| --- | --- | --- | --- |",
         ]
-        for whose, prefix in (("ours", "int8"), ("NNCF PTQ", "nncf"), ("ONNX Runtime PTQ", "ort")):
+        for whose, prefix in (
+            ("lightning_qat", "int8"),
+            ("NNCF PTQ", "nncf"),
+            ("ONNX Runtime PTQ", "ort"),
+        ):
             names = [name for name in latency if name.startswith(prefix)]
             by_speed = min(names, key=lambda name: latency[name]["p50"])
             by_accuracy = max(names, key=lambda name: shares[name])
@@ -185,35 +218,41 @@ def peers_summary() -> str:
                 )
         parts += [
             "",
-            f"{origin_in_words(result)} [All of them]({_tables(file)}).\n",
+            f"{origin_in_words(result)} {full_table(file)}\n",
         ]
     return "\n".join(parts).rstrip()
 
 
-def main() -> None:
-    """Put all of it where the README has it."""
+def blocks() -> dict[str, str]:
+    """Return what stands in the pages between ``<!-- name -->`` and ``<!-- /name -->``."""
     results = load()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for mark, content in (
-        ("results", table(results)),
-        ("latency", latency_summary()),
-        ("peers", peers_summary()),
-        ("training", training_summary()),
-        ("gpu", tables_gpu.gpu_summary(tables_gpu.load(RESULTS / "gpu"))),
-        ("bit_for_bit", (RESULTS / "bit_for_bit.md").read_text().rstrip()),
-        ("networks", networks_summary()),
-        ("few_bits", (RESULTS / "few_bits.md").read_text().rstrip()),
-        ("distill", (RESULTS / "distill.md").read_text().rstrip()),
-    ):
-        text = re.sub(
-            rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)",
-            lambda match, content=content: f"{match[1]}{content}\n{match[2]}",
-            text,
-            flags=re.DOTALL,
-        )
-    readme.write_text(text)
-    plot(results)
+    return {
+        "summary": summary(results),
+        "results": table(results),
+        "latency": latency_summary(),
+        "peers": peers_summary(),
+        "training": training_summary(),
+        "gpu": tables_gpu.gpu_summary(tables_gpu.load(RESULTS / "gpu")),
+        "bit_for_bit": (RESULTS / "bit_for_bit.md").read_text().rstrip(),
+        "networks": networks_summary(),
+        "few_bits": (RESULTS / "few_bits.md").read_text().rstrip(),
+        "distill": (RESULTS / "distill.md").read_text().rstrip(),
+    }
+
+
+def main() -> None:
+    """Write each block into the page that has its comments."""
+    for page in PAGES:
+        text = page.read_text()
+        for name, content in blocks().items():
+            text = re.sub(
+                rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
+                lambda match, content=content: f"{match[1]}{content}\n{match[2]}",
+                text,
+                flags=re.DOTALL,
+            )
+        page.write_text(text)
+    plot(load())
 
 
 if __name__ == "__main__":

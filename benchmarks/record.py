@@ -36,6 +36,11 @@ def origin_in_words(result: dict[str, Any]) -> str:
     )
 
 
+def full_table(file: Path) -> str:
+    """Return the sentence that leads from a summary in docs/results.md to the full table."""
+    return f"[Full table](measurements.md#{file.stem})."
+
+
 def write(result: dict[str, Any], text: str, stem: Path) -> None:
     """Write ``stem``.json and ``stem``.md, and print the second."""
     stem.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Make the README's tables of the GPU measurements, from the files of gpu/run.py.
+"""Make the tables of the GPU measurements, from the files of gpu/run.py.
 
 python benchmarks/tables_gpu.py benchmarks/results/gpu
 """
@@ -17,6 +17,7 @@ from scipy.stats import t
 Results = dict[str, dict[str, Any]]
 
 NOT_YET = "not measured yet"
+HOW = "`benchmarks/gpu/README.md`"
 RUNS = {  # row of the table -> the names of its pieces
     "CIFAR stem": "{}_seed*",
     "`experiment=seed`": "seed_experiment_{}",
@@ -32,7 +33,9 @@ def load(folder: Path) -> Results:
 
 
 def gpu_summary(results: Results) -> str:
-    """Return all tables and their sources. A missing result is named as missing."""
+    """Return all tables, and where they were measured. A cell without a result says so."""
+    if not results:
+        return f"Nothing has been measured on a GPU yet: {HOW} measures it."
     parts = (accuracy_table, few_bits_table, step_table, remarks, origins)
     return "\n\n".join(part(results) for part in parts)
 
@@ -131,14 +134,11 @@ def remarks(results: Results) -> str:
 
 def origins(results: Results) -> str:
     """Return machine, versions and date."""
-    how = "[benchmarks/gpu](benchmarks/gpu/README.md)"
-    if not results:
-        return f"No GPU was at hand: {how} measures all of it on one."
     places = dict.fromkeys(
         f"{x['gpu'] or x['cpu']}, torch {x['torch']}, {x['date']}, commit {str(x['commit'])[:10]}"
         for x in (result["environment"] for result in results.values())
     )
-    return f"{'; '.join(places)}: {how}."
+    return f"{'; '.join(places)}: {HOW}."
 
 
 def _matching(results: Results, names: str) -> list[dict[str, Any]]:

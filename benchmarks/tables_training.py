@@ -1,17 +1,17 @@
-"""Make the README's tables of `training.py`."""
+"""Make the tables of `training.py`."""
 
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from record import RESULTS, origin_in_words
+from record import RESULTS, full_table, origin_in_words
 
-# name of the comparison, loop of this project, loop of the tutorial
+# title of the comparison, loop of train.py, loop of the tutorial
 RACES = {
     "fp32": ("FP32", "ours_fp32", "origin_fp32"),
-    "qat": ("QAT, the origin mended", "ours_qat", "origin_qat_mended"),
-    "qat_as_written": ("QAT, the origin as written", "ours_qat", "origin_qat_as_written"),
+    "qat": ("QAT, the tutorial with fake quantization", "ours_qat", "origin_qat_mended"),
+    "qat_as_written": ("QAT, the tutorial as written", "ours_qat", "origin_qat_as_written"),
     "step_fp32": ("steps alone, FP32", "ours_step_fp32", "origin_step_fp32"),
     "step_qat": ("steps alone, QAT", "ours_step_qat", "origin_step_qat"),
     "data": ("data path alone", "ours_data", "origin_data"),
@@ -24,16 +24,15 @@ def training_summary(folder: Path = RESULTS) -> str:
     parts = []
     for file in sorted(folder.glob("training_*.json")):
         result = json.loads(file.read_text())
-        table = f"benchmarks/results/{file.stem}.md"
-        parts.append(f"{ratio_table(result)}\n\n{measured_how(result)} [Each loop]({table}).")
+        parts.append(f"{ratio_table(result)}\n\n{measured_how(result)} {full_table(file)}")
     return "\n\n".join(parts) or NOT_MEASURED
 
 
 def ratio_table(result: dict[str, Any]) -> str:
     """Return the speed of this project / the tutorial, with images/s if a GPU measured them."""
     on_gpu = result["device"] != "cpu"
-    heads = [result["model"], "images/s, origin's = 1", "range of the rounds"]
-    lines = [heads + ["images/s", "the origin's"] * on_gpu, ["---"] * (5 if on_gpu else 3)]
+    heads = [result["model"], "images/s, tutorial = 1", "range of the rounds"]
+    lines = [heads + ["images/s", "tutorial's"] * on_gpu, ["---"] * (5 if on_gpu else 3)]
     for race, (title, *pair) in RACES.items():
         ratio = result["ratios"][race]
         cells = [title, f"{ratio['p50']:.2f}x", f"{ratio['min']:.2f} to {ratio['max']:.2f}"]
@@ -49,6 +48,6 @@ def measured_how(result: dict[str, Any]) -> str:
     device = "" if result["device"] == "cpu" else f"{result['device']}, "
     return (
         f"Batch {result['batch_size']}, {result['rounds']} rounds of {result['steps']} steps, the "
-        f"origin's loader with {result['workers']} workers (8 in the original), {device}"
+        f"tutorial's loader with {result['workers']} workers (8 in the tutorial), {device}"
         f"{origin_in_words(result)}"
     )

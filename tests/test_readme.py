@@ -1,4 +1,4 @@
-"""The README's example runs, and everything that it names exists."""
+"""The examples of README.md and docs/ run, and what these pages name exists."""
 
 import ast
 import re
@@ -10,28 +10,54 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_qat import QuantizationAwareTraining
 from tests.conftest import Road
+from tests.quantization.networks import SmallModule, loader, trainer_with
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
+def examples(page: str) -> list[str]:
+    """The Python of a page: its examples run one after the other."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
 
 
 @pytest.mark.slow
-def test_the_callback_example_runs_and_goes_on_to_onnx(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (example,) = (code for code in EXAMPLES if "fit(" in code)
-    (to_onnx,) = (code for code in EXAMPLES if "to_onnx" in code)
+def test_the_examples_of_the_callback_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
+    for example in examples("docs/callback.md"):
+        exec(example, names)
+        assert names["logits"].shape == (1, 10)
+        assert torch.isfinite(names["logits"]).all()
+    assert (tmp_path / "model.onnx").stat().st_size < 12e6
+
+
+def test_the_ten_lines_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (ten_lines,) = examples("README.md")
+    assert len(ten_lines.splitlines()) <= 11  # one of them is empty
+    names: dict[str, Any] = {"module": SmallModule(), "loader": loader()}
+    names["images"] = torch.rand(3, 3, 8, 8)
+    exec(ten_lines, names)
+    assert names["logits"].shape == (3, 4)
+    assert (tmp_path / "model.onnx").is_file()
+
+
+def test_the_example_of_learned_scales_gives_them_a_group_without_weight_decay(
+    tmp_path: Path,
+) -> None:
+    (example,) = examples("conf/qconfig/README.md")
+    names: dict[str, Any] = {"torch": torch}
     exec(example, names)
-    assert names["logits"].shape == (1, 10)
-    assert torch.isfinite(names["logits"]).all()
-    exec(to_onnx, names)
-    assert (tmp_path / "model.onnx").stat().st_size < 3e6
+    own = {"configure_optimizers": names["configure_optimizers"]}
+    module: Any = type("Module", (SmallModule,), own)()
+    trainer = trainer_with(QuantizationAwareTraining("lsq"), folder=tmp_path)
+    trainer.fit(module, loader())
+    rest, scales = trainer.optimizers[0].param_groups
+    assert len(scales["params"]) > 4
+    assert (rest["weight_decay"], scales["weight_decay"]) == (1e-4, 0)
 
 
 @pytest.mark.slow
@@ -39,15 +65,17 @@ def test_the_callback_example_runs_and_goes_on_to_onnx(
 def test_lines_that_load_a_file_give_its_class(
     suffix: str, road: Road, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (lines,) = (code for code in EXAMPLES if f'"model_int8.{suffix}"' in code)
-    assert "from lightning_qat" not in lines
     monkeypatch.chdir(road.job("qat"))
-    exec(lines, {"images": torch.rand(1, 3, 8, 8)})
+    for lines in examples("docs/deployment.md"):
+        assert "from lightning_qat" not in lines
+        if f'"model_int8.{suffix}"' in lines:
+            exec(lines, {"images": torch.rand(1, 3, 8, 8)})
     assert capsys.readouterr().out.strip() in list("0123456789")
 
 
-def test_every_choice_in_the_readme_is_a_config_file() -> None:
-    table = README[README.index("| group | choices |") :].split("\n\n")[0]
+def test_every_choice_in_the_docs_is_a_config_file() -> None:
+    page = (ROOT / "docs/training.md").read_text()
+    table = page[page.index("| group | choices |") :].split("\n\n")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.M)
     groups = {group: re.findall(r"`(\w+)`", choices) for group, choices in rows}
     folders = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
@@ -55,6 +83,13 @@ def test_every_choice_in_the_readme_is_a_config_file() -> None:
     for group, choices in groups.items():
         files = (ROOT / "conf" / group).glob("*.yaml")
         assert sorted(choices) == sorted(path.stem for path in files)
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+    assert len(README.splitlines()) <= 180
+    links = re.findall(r"\]\(([^)#]+)(#[^)]*)?\)", README)
+    assert len(links) > 10
+    assert not [link for link, _ in links if not (ROOT / link).is_file()]
 
 
 @pytest.mark.alone
