@@ -1,4 +1,4 @@
-"""Train, quantize, measure: one run. `python train.py --help` shows what can be set."""
+"""Train, quantize, measure: one run. `python train.py --help` lists the options."""
 
 import shlex
 from pathlib import Path
@@ -14,11 +14,11 @@ from lightning_qat.overrides import as_typed, of_the_job
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 @cli.job
 def main(cfg: DictConfig) -> float | None:
-    """Compose, instantiate, fit, evaluate, report; a stage is what conf/stage/ makes of this.
+    """Compose, instantiate, fit, evaluate and report. The files in conf/stage/ define the stages.
 
-    Gives what a sweeper may maximise: see `objective`.
+    Return the number that a sweeper may maximize: see `objective`.
     """
-    # torch takes seconds to import, which --help and a mistyped option need not wait for
+    # The import of torch takes seconds, and --help or a mistyped option does not need it.
     import pytorch_lightning as pl
     from hydra.utils import instantiate
 
@@ -44,7 +44,7 @@ def main(cfg: DictConfig) -> float | None:
     uint8_input = checked_bool("uint8_input", cfg.uint8_input)
     if cfg.model.get("starts_trained") and cfg.model.weights != cfg.fp32_ckpt:
         raise UserError(
-            "model.weights starts stage=fp32, and this stage what that leaves: use fp32_ckpt=FILE."
+            "model.weights is for stage=fp32. This stage starts from fp32_ckpt: use fp32_ckpt=FILE."
         )
     datamodule = instantiate(cfg.data, _convert_="all")
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -58,12 +58,12 @@ def main(cfg: DictConfig) -> float | None:
     )
     wanted = {name: callback for name, callback in cfg.callbacks.items() if callback}
     if not datamodule.val_size:
-        wanted.pop("best", None)  # nothing is validated, so the last weights count
+        wanted.pop("best", None)  # without validation, the last weights count
     callbacks = {name: instantiate(callback) for name, callback in wanted.items()}
     if cfg.ckpt_path is not None:
         check_resumable(cfg.ckpt_path)
     loggers = [instantiate(logger) for logger in (cfg.logger or {}).values()]
-    timer = pl.callbacks.Timer()  # counts on where a run is resumed
+    timer = pl.callbacks.Timer()  # continues to count when a run is resumed
     trainer = instantiate(cfg.trainer, callbacks=[*callbacks.values(), timer], logger=loggers)
     trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
     if not trainer.is_global_zero:
@@ -76,7 +76,8 @@ def main(cfg: DictConfig) -> float | None:
         "model": choices["model"],
         "qconfig": choices["qconfig"] if "qconfig" in cfg.callbacks.result else None,
         "seed": cfg.seed,
-        "epochs": trainer.current_epoch if trainer.global_step else 0,  # calibration trains none
+        # calibration trains no epoch
+        "epochs": trainer.current_epoch if trainer.global_step else 0,
         "training": {"seconds": timer.time_elapsed("train"), "processes": trainer.world_size},
         "command": shlex.join(["python", "train.py", *of_the_job(as_typed(job.overrides.task))]),
         "weights_sha256": getattr(callbacks.get("made_with"), "digest", None),

@@ -1,11 +1,11 @@
-"""Compare ONNX Runtime's logits with the fake-quantized network's on CIFAR-10's test images.
+"""Compare the logits of ONNX Runtime and of the fake-quantized network on CIFAR-10's test images.
 
     python benchmarks/bit_for_bit.py
 
-Each network trains some steps with fake quantization from random weights, which is enough to leave
-chance, then both compute all 10,000 images. A CPU without VNNI saturates where an image leaves the
-observed range; `session.x64quantprecision=1` asks ONNX Runtime for kernels that do not. Writes
-benchmarks/results/bit_for_bit.json and .md.
+Each network trains some steps with fake quantization from random weights. That is enough to be
+better than chance. Then both compute all 10,000 images. A CPU without VNNI saturates if an image
+leaves the observed range. `session.x64quantprecision=1` makes ONNX Runtime use kernels that do not
+saturate. Writes benchmarks/results/bit_for_bit.json and .md.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def runtime(proto: Any, is_precise: bool) -> Callable[[Tensor], Tensor]:
 
 
 def measure(name: str, steps: int) -> dict[str, Any]:
-    """Train a network and compare all test images."""
+    """Train a network, and compare the logits of all test images."""
     pl.seed_everything(0, verbose=False)
     data = CIFAR10DataModule(ROOT, batch_size=128, val_size=0)
     module = ImageClassifier(NETWORKS[name], 10, mean=data.mean, std=data.std, **OPTIMIZER)

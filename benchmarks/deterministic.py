@@ -1,9 +1,9 @@
-"""Do two runs with `trainer.deterministic=true` end with the same bits in every weight?
+"""Check that two runs with `trainer.deterministic=true` have the same bits in every weight.
 
     python benchmarks/deterministic.py stage=qat trainer=gpu --out FILE
 
-Both are fits of `train.py` of two epochs, each in a process of its own, from the same random
-weights. Writes FILE.json and FILE.md.
+Both are fits of `train.py` of two epochs, each in its own process, from the same random weights.
+Writes FILE.json and FILE.md.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from lightning_qat.quantization.checkpoints import read_checkpoint
 
 
 def trained(overrides: list[str]) -> dict[str, Any]:
-    """All weights and statistics after two epochs."""
+    """Return all weights and statistics after two epochs."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         deterministic = ["trainer.deterministic=true", "trainer.max_epochs=2"]
@@ -29,14 +29,14 @@ def trained(overrides: list[str]) -> dict[str, Any]:
 
 
 def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Names of the tensors that are not the same to the last bit, or not in both."""
+    """Return the names of the tensors that differ in any bit, or are missing in one of the two."""
     both = first.keys() & second.keys()
     same = {name for name in both if torch.equal(first[name], second[name])}
     return sorted((first.keys() | second.keys()) - same)
 
 
 def main() -> None:
-    """Train twice, compare, write."""
+    """Train twice, compare the weights, and write the result."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,12 +1,13 @@
-"""What few bits cost, and what wins accuracy back: a table of finished sweeps.
+"""Make a table of the accuracy that few bits lose and recover, from finished sweeps.
 
 python benchmarks/few_bits.py SWEEP... [--batches 100] --out benchmarks/results/few_bits
 
-A SWEEP is the folder of a multirun. Each row is a configuration, with the mean of its seeds. Rows
-after the first of a sweep are compared with it, seed by seed; and each QAT run with itself after
-its batch-norms have been estimated anew, from so many batches of training images (Nagel et al.,
-"Overcoming Oscillations in Quantization-Aware Training", 2022, section 3.3). That is no option of
-train.py, because it wins nothing there: see the table.
+A SWEEP is the folder of a multirun. Each row is a configuration, with the mean of its seeds. The
+other rows of a sweep are compared with its first row, seed by seed. Each QAT run is also compared
+with itself after its batch-norm statistics were estimated again, from this number of batches of
+training images (Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", 2022,
+section 3.3). train.py has no option for this estimation, because it does not help there: see the
+table.
 """
 
 import argparse
@@ -29,10 +30,10 @@ from lightning_qat.report.sweep_runs import read_runs
 
 
 def main() -> None:
-    """Read the sweeps, estimate anew, write the table."""
+    """Read the sweeps, estimate batch-norm again, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweeps", nargs="+", type=Path)
-    parser.add_argument("--batches", type=int, default=100, help="0 = estimate nothing anew")
+    parser.add_argument("--batches", type=int, default=100, help="0 = keep the batch-norm")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     found = [configurations(read_runs(sweep)) for sweep in args.sweeps]
@@ -42,7 +43,7 @@ def main() -> None:
 
 
 def row(configuration: Configuration, batches: int) -> dict[str, Any]:
-    """Accuracies of a configuration, a number a seed, and those with batch-norm estimated anew."""
+    """Return accuracies of a configuration, one per seed, before and after a new estimation."""
     metrics = [run.metrics for run in configuration.runs]
     anew = None
     if metrics[0]["stage"] == "qat" and batches:
@@ -62,7 +63,7 @@ def row(configuration: Configuration, batches: int) -> dict[str, Any]:
 
 
 def estimated_anew(run: FinishedRun, batches: int) -> float:
-    """Test accuracy of the INT8 model after batch-norm has seen so many batches once more."""
+    """Return the INT8 test accuracy after the batch-norm statistics were estimated again."""
     assert run.fake_quant is not None
     assert run.int8 is not None
     net: Any = copy.deepcopy(run.fake_quant)
@@ -75,13 +76,13 @@ def estimated_anew(run: FinishedRun, batches: int) -> float:
 
 @torch.no_grad()
 def estimate_batch_norm(net: nn.Module, run: FinishedRun, batches: int) -> None:
-    """Take mean and variance of these batches, all weighing the same, with weights quantized."""
+    """Estimate mean and variance from these batches with equal weights, with quantized weights."""
     deployed = run.deployed(net)
     norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean
-    net.train()  # in evaluation, a quantized network uses the statistics that it has
+    net.train()  # a quantized network in evaluation mode uses its stored statistics
     for batch in itertools.islice(run.datamodule.train_dataloader(), batches):
         images, _ = run.datamodule.on_after_batch_transfer(batch, 0)
         deployed(images)
@@ -89,7 +90,7 @@ def estimate_batch_norm(net: nn.Module, run: FinishedRun, batches: int) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; differences in points."""
+    """Return the table in Markdown; differences are in points."""
     lines = [
         "| configuration | INT8 test accuracy | INT8 - FP32 | to the first row "
         "| batch-norm estimated again | MB, packed |",
@@ -111,7 +112,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def difference(ours: list[float], theirs: list[float]) -> str:
-    """Mean over the seeds, with its 95 % t interval where there are enough of them."""
+    """Return the mean over the seeds, with its 95 % t interval if there are enough seeds."""
     points = [100 * (x - y) for x, y in zip(ours, theirs, strict=True)]
     mean = sum(points) / len(points)
     if len(points) < LEAST_SEEDS or len(set(points)) == 1:

@@ -1,4 +1,4 @@
-"""The networks and files of a run that `train.py` has finished, for the benchmarks beside this."""
+"""Load the networks and files of a run that `train.py` has finished, for the other benchmarks."""
 
 import copy
 import dataclasses
@@ -25,20 +25,20 @@ from lightning_qat.targets import checked, named_in
 FILES = {"torchscript": ".ts", "onnx": ".onnx", "openvino": ".xml"}
 
 Runtime = Callable[[Tensor], Tensor]
-# A fresh copy of a runtime that uses so many threads. Fresh, because torch's oneDNN convolutions
-# are fast only for the batch size that they meet first.
+# Returns a new copy of a runtime with this number of threads. It must be new, because torch's
+# oneDNN convolutions are fast only for the first batch size that they see.
 Make = Callable[[int], Runtime]
 
 
 @dataclass
 class FinishedRun:
-    """What a run directory of `stage=ptq` or `stage=qat` holds.
+    """The content of a run directory of `stage=ptq` or `stage=qat`.
 
     Attributes:
-        datamodule: not set up.
-        fp32, fake_quant, int8: networks that take normalized images; the last two are None where
-            there is no checkpoint to convert.
-        description: of the INT8 files.
+        datamodule: data module before ``setup``.
+        fp32, fake_quant, int8: networks that take normalized images. The last two are None if there
+            is no checkpoint to convert.
+        description: description of the INT8 files.
     """
 
     folder: Path
@@ -49,16 +49,16 @@ class FinishedRun:
     description: Description
 
     def deployed(self, net: nn.Module) -> DeployedModel:
-        """With this run's normalization in front."""
+        """Return the network with this run's normalization as the first step."""
         return DeployedModel(net, self.datamodule.mean, self.datamodule.std)
 
 
 def read(folder: Path) -> FinishedRun:
-    """Compose what ``train.py`` composed, and load what it has left.
+    """Compose the configuration of ``train.py`` again, and load the files of the run.
 
     Raises:
-        UserError: this is no such directory, something that it needs is gone, or its configuration
-            names what conf/ does not.
+        UserError: this is no such directory, a required file is missing, or its configuration names
+            a target that conf/ does not name.
     """
     settings = folder / ".hydra"
     if not (folder / "model_int8.ts").is_file() or not (settings / "config.yaml").is_file():
@@ -70,7 +70,8 @@ def read(folder: Path) -> FinishedRun:
     hydra = OmegaConf.load(settings / "hydra.yaml").hydra
     OmegaConf.register_new_resolver("hydra", lambda key: OmegaConf.select(hydra, key), replace=True)
     cfg: Any = OmegaConf.load(settings / "config.yaml")
-    cfg.fp32_ckpt = str(Path(hydra.runtime.cwd) / cfg.fp32_ckpt)  # may be relative to that
+    # the path may be relative to the working directory
+    cfg.fp32_ckpt = str(Path(hydra.runtime.cwd) / cfg.fp32_ckpt)
     file = settings / "config.yaml"
     data, model = checked(cfg.data, known, file), checked(cfg.model, known, file)
     datamodule = instantiate(data, _convert_="all")
@@ -102,7 +103,7 @@ def read(folder: Path) -> FinishedRun:
 
 
 def int8_artifacts(run: FinishedRun, skipped: dict[str, str]) -> dict[str, Make]:
-    """The files that the run has left, by name; what there is none of goes into ``skipped``."""
+    """Return the files of the run by name. Missing files go into ``skipped``."""
     makes: dict[str, Make] = {}
     for runtime, suffix in FILES.items():
         path, name = run.folder / f"model_int8{suffix}", f"int8_{runtime}"
@@ -116,12 +117,12 @@ def int8_artifacts(run: FinishedRun, skipped: dict[str, str]) -> dict[str, Make]
 
 
 def of_file(path: Path) -> Make:
-    """The model in an exported file."""
+    """Return a function that loads an exported file."""
     return lambda threads: runtimes.load(path, threads)
 
 
 def int8_eager(run: FinishedRun, skipped: dict[str, str]) -> dict[str, Make]:
-    """The converted network, as `callback.int8_model` gives it."""
+    """Return the converted network, the same as `callback.int8_model`."""
     int8 = run.int8
     if int8 is None:
         skipped["int8_eager"] = "stage=ptq leaves no checkpoint to convert"
@@ -136,13 +137,13 @@ def int8_eager(run: FinishedRun, skipped: dict[str, str]) -> dict[str, Make]:
 
 
 def fp32_runtimes(run: FinishedRun, scratch: Path, skipped: dict[str, str]) -> dict[str, Make]:
-    """The float network in every runtime, by name.
+    """Return the float network in every runtime, by name.
 
     Args:
-        scratch: a folder for the files that some of them are loaded from.
-        skipped: gets what is not possible here, and why.
+        scratch: a folder for temporary files of the runtimes.
+        skipped: receives the runtimes that are not possible here, with the reason.
     """
-    # train.py holds its weights channels_last; eager is torch as it comes
+    # The weights in train.py are channels_last. fp32_eager uses torch's default layout.
     model = run.deployed(run.fp32)
     eager = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)

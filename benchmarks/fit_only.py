@@ -1,4 +1,4 @@
-"""`train.py` up to the end of its fit, in a process of its own, for the benchmarks beside this."""
+"""Run `train.py` until the end of its fit, in its own process, for the other benchmarks."""
 
 import os
 import subprocess
@@ -9,22 +9,22 @@ from typing import NoReturn
 import pytorch_lightning as pl
 
 HERE = Path(__file__).parent
-RANDOM_WEIGHTS = ["model.weights=null", "++model.starts_trained=false"]  # for stage=qat, too
+RANDOM_WEIGHTS = ["model.weights=null", "++model.starts_trained=false"]  # needed for stage=qat
 
 
 class FitOnly(pl.Callback):
-    """Ends the process when the last epoch is over: its checkpoint is written, nothing tested."""
+    """End the process after the last epoch. Its checkpoint is written, and nothing is tested."""
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> NoReturn:
-        """With status 0."""
+        """End the process with status 0."""
         sys.exit(0)
 
 
 def fit_only(folder: Path, *overrides: str) -> None:
-    """Run `python train.py` with these overrides; everything goes into ``folder``.
+    """Run `python train.py` with these overrides. All output goes into ``folder``.
 
     Raises:
-        RuntimeError: it failed; the message is the end of what it has printed.
+        RuntimeError: the run failed. The message is the end of its output.
     """
     command = [sys.executable, "train.py", f"hydra.run.dir={folder}", f"output_dir={folder}"]
     last = "+callbacks.fit_only={_target_:fit_only.FitOnly}"

@@ -1,17 +1,17 @@
-"""Which artifact is the fastest on this machine: every runtime side by side.
+"""Find the fastest artifact on this machine: measure every runtime side by side.
 
     python benchmarks/latency.py RUN                       # a finished stage=qat or stage=ptq
     python benchmarks/latency.py model_int8.onnx other.ts  # any exported files
     python benchmarks/latency.py RUN --batch 1 8 --threads 1 --seconds 5
 
-RUN is a run directory. Each cell (batch size and threads) loads everything afresh and gives each
-runtime its turn in every round; what is not possible here is skipped by name. Writes
-benchmarks/results/latency_<model>.json and .md, and ends with the fastest artifact of each cell.
+RUN is a run directory. Each cell (batch size and threads) loads everything again, and each runtime
+has one turn in every round. Runtimes that are not available are listed as skipped. Writes
+benchmarks/results/latency_<model>.json and .md, and prints the fastest artifact of each cell.
 
 Result at 1 image and 1 thread, one run each of 1 minute on 2 cores of an AMD EPYC (Zen 5, VNNI):
 ResNet18 with ImageNet's stem, INT8 in ONNX Runtime 0.15 ms, 36.5x FP32 eager and 3.8x the best FP32
 runtime; with the CIFAR stem (weights of 8 training steps, which had diverged), INT8 in OpenVINO
-1.22 ms, 10.2x and 4.2x. The files in results/ have all of it, with commit and versions.
+1.22 ms, 10.2x and 4.2x. The files in results/ hold all figures, with commit and versions.
 """
 
 import argparse
@@ -41,11 +41,11 @@ from lightning_qat.errors import UserError
 from lightning_qat.report.titles import fastest, title
 
 BATCHES = [1, 8, 64, 256]
-NO_ARTIFACT = ("_eager", "_channels_last", "_cuda")  # nothing to hand over, or not for a CPU
+NO_ARTIFACT = ("_eager", "_channels_last", "_cuda")  # not a file to deploy, or not for a CPU
 
 
 def candidates_of_run(run: FinishedRun, scratch: Path) -> tuple[dict[str, Make], dict[str, str]]:
-    """Every runtime by name, and what is skipped, with the reason."""
+    """Return every runtime by name, and the skipped runtimes with the reason."""
     skipped: dict[str, str] = {}
     makes = fp32_runtimes(run, scratch, skipped)
     makes |= int8_eager(run, skipped) | int8_artifacts(run, skipped)
@@ -53,10 +53,10 @@ def candidates_of_run(run: FinishedRun, scratch: Path) -> tuple[dict[str, Make],
 
 
 def candidates_of_files(paths: list[Path]) -> tuple[dict[str, Make], int]:
-    """Each file under a name that says what it is, and the size of their images.
+    """Return each file under a name that describes it, and the size of the images.
 
     Raises:
-        UserError: a file is no exported model, or they take images of different sizes.
+        UserError: a file is no exported model, or the files take images of different sizes.
     """
     makes, sizes = {}, {}
     kinds = {suffix: runtime for runtime, suffix in FILES.items()}
@@ -74,7 +74,7 @@ def candidates_of_files(paths: list[Path]) -> tuple[dict[str, Make], int]:
 def measure(
     makes: dict[str, Make], size: int, batches: list[int], threads: list[int], seconds: float
 ) -> list[dict[str, Any]]:
-    """One entry a cell: batch, threads, latency_ms and images_per_second by runtime."""
+    """Return one entry per cell: batch, threads, latency_ms and images_per_second by runtime."""
     cells = []
     for count, batch in track(list(product(threads, batches)), "Measuring"):
         images = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -92,7 +92,7 @@ def measure(
 
 
 def recommend(cell: dict[str, Any]) -> dict[str, Any]:
-    """The fastest artifact for the CPU in a cell, and how many times as fast as FP32 it is."""
+    """Return the fastest artifact for the CPU in a cell, and its speed-up over FP32."""
     latency = cell["latency_ms"]
     artifact = min(
         (name for name in latency if not name.endswith(NO_ARTIFACT)),
@@ -112,7 +112,7 @@ def recommend(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A table for each number of threads, then the recommendation."""
+    """Return a table for each number of threads, then the recommendation."""
     lines = [f"# Latency: {result['model']}"]
     for threads in dict.fromkeys(cell["threads"] for cell in result["cells"]):
         cells = [cell for cell in result["cells"] if cell["threads"] == threads]
@@ -158,7 +158,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def thread_count(text: str) -> int:
-    """A number, or ``all``: as many as torch takes by itself."""
+    """Return a number of threads; ``all`` is torch's default."""
     return torch.get_num_threads() if text == "all" else int(text)
 
 

@@ -1,13 +1,13 @@
-"""The networks that people use: quantized by this project, by torch FX and by NNCF.
+"""Quantize popular networks with this project, with torch FX and with NNCF.
 
     python benchmarks/networks.py                       # those that have no result yet
     python benchmarks/networks.py timm/resnet18         # these, again
     python benchmarks/networks.py --tool nncf           # one tool only
 
 Each network has random weights and random batch-norm statistics and trains two steps (NNCF
-calibrates). Each runs in a process of its own, for 15 minutes at most. Needs timm,
+calibrates). Each runs in its own process, for at most 15 minutes. Needs timm,
 segmentation-models-pytorch, transformers, and the extra `peers`. Writes
-benchmarks/results/networks.json after each network, and the table beside it.
+benchmarks/results/networks.json and the table next to it after each network.
 """
 
 import argparse
@@ -33,9 +33,9 @@ from lightning_qat.quantization.onnx_export import export_onnx
 from lightning_qat.quantization.onnx_names import input_names, output_names
 from lightning_qat.quantization.qconfig import QConfig
 
-os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")  # it compiles its kernels once
+os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")  # NNCF compiles its kernels once
 ENGINE = "x86"
-# ranges of all images seen: beyond 7 bits, torch and OpenVINO saturate on a CPU without VNNI
+# Ranges of all values: beyond 7 bits, torch and OpenVINO saturate on a CPU without VNNI.
 QCONFIG = QConfig(ENGINE, observer="min_max")
 STEPS = 2
 LIMIT = 15 * 60  # seconds
@@ -43,7 +43,7 @@ FILE = RESULTS / "networks.json"
 
 
 def float_network(make: Callable[[], tuple[nn.Module, Example]]) -> tuple[nn.Module, Example]:
-    """Return the network with random weights and statistics, and what it is called with."""
+    """Return the network with random weights and statistics, and its example arguments."""
     torch.manual_seed(0)
     net, example = make()
     for module in net.modules():
@@ -55,7 +55,7 @@ def float_network(make: Callable[[], tuple[nn.Module, Example]]) -> tuple[nn.Mod
 
 
 def outputs(net: Callable[..., Any], example: Example) -> list[Tensor]:
-    """Return the tensors that the network returns, in order."""
+    """Return the output tensors of the network, in order."""
     args, kwargs = example
     return _tensors(net(*args, **kwargs))
 
@@ -71,7 +71,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def train(net: nn.Module, example: Example) -> None:
-    """Train a few steps towards smaller outputs, then stay in evaluation."""
+    """Train a few steps towards smaller outputs, then switch to evaluation mode."""
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
     net.train()
     for _ in range(STEPS):
@@ -100,7 +100,7 @@ def ours(name: str) -> dict[str, Any]:
     quantization.observe(True)
     train(net, example)
     with torch.no_grad():
-        outputs(net, example)  # some layers run in evaluation only
+        outputs(net, example)  # some layers run only in evaluation
     quantization.observe(False)
     quantization.is_ready = True
     with torch.no_grad():
@@ -139,7 +139,7 @@ def fx(name: str) -> dict[str, Any]:
 
 
 def nncf(name: str) -> dict[str, Any]:
-    """Calibrate with NNCF's PyTorch front end, and compare with what OpenVINO computes of it."""
+    """Calibrate with NNCF's PyTorch front end, and compare with the result in OpenVINO."""
     import nncf
     import openvino
 
@@ -182,14 +182,14 @@ def _send_row(tool: str, name: str, send: Any) -> None:
     warnings.simplefilter("ignore")
     try:
         send.send(TOOLS[tool](name))
-    except Exception as error:  # a network that fails is a row of the table
+    except Exception as error:  # a failed network is a row of the table
         traceback.print_exc()
         words = str(error).strip().splitlines() or [""]
         send.send({"error": f"{type(error).__name__}: {words[0][:300]}"})
 
 
 def main() -> None:
-    """Measure what has no result yet, or what is named."""
+    """Measure the networks without a result, or the named networks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--tool", choices=TOOLS, action="append", help="default: all")

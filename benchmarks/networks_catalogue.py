@@ -1,4 +1,4 @@
-"""The networks of networks.py: each name has a function that gives the network and its example."""
+"""The networks of networks.py. Each name has a function that returns a network and its example."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +10,8 @@ Example = tuple[tuple[Any, ...], dict[str, Any]]
 BATCH = 2
 CLASSES = 10
 
-# The smallest network, by its number of parameters, of each module of timm 1.0.31; a usual one in
-# place of timm's own test networks. Left out: transformers above 100 million parameters.
+# From each module of timm 1.0.31: the network with the fewest parameters, but a usual network
+# instead of timm's own test networks. Left out: transformers above 100 million parameters.
 TIMM = (
     "beit_base_patch16_224", "halonet26t", "repvgg_a0", "cait_xxs24_224", "coat_tiny",
     "convit_tiny", "convmixer_768_32", "convnext_atto", "cpubone_nano", "crossvit_tiny_240",
@@ -63,7 +63,7 @@ def _timm(name: str) -> tuple[nn.Module, Example]:
 
 
 def _runs(net: nn.Module, size: int) -> bool:
-    """Tell if a network takes images of this size."""
+    """Return True if a network accepts images of this size."""
     try:
         with torch.no_grad():
             net.eval()(images(size))
@@ -76,7 +76,7 @@ def _smp(architecture: str, encoder: str) -> tuple[nn.Module, Example]:
     import segmentation_models_pytorch as smp
 
     net = getattr(smp, architecture)(encoder, encoder_weights=None, classes=3)
-    size = 128 if architecture == "PAN" else 64  # its pooling needs more
+    size = 128 if architecture == "PAN" else 64  # its pooling needs a larger image
     return net, ((images(size),), {})
 
 

@@ -1,7 +1,7 @@
-"""Compare the integers of an INT8 model with those of the fake-quantized network, layer by layer.
+"""Compare the integers of an INT8 model and of the fake-quantized network, layer by layer.
 
-Each layer gets the fake-quantized network's own integers, so one layer's error does not reach the
-next.
+Each layer gets the integers of the fake-quantized network, so that the error of one layer does not
+reach the next layer.
 """
 
 import tempfile
@@ -66,16 +66,16 @@ def integers_of(net: nn.Module, example: Example) -> dict[Steps, list[np.ndarray
 
 
 def _nearest(found: np.ndarray, candidates: list[np.ndarray]) -> np.ndarray | None:
-    """Return the candidate of the same shape with the fewest other values.
+    """Return the candidate of the same shape with the fewest different values.
 
-    Max-pool and reshape keep scale and zero point, so several tensors may have them.
+    Max-pool and reshape keep scale and zero point, so several tensors may have the same ones.
     """
     same = [x for x in candidates if x.shape == found.shape]
     return min(same, key=lambda x: np.count_nonzero(x != found), default=None)
 
 
 class _Difference:
-    """Counts values, and those that are some steps off."""
+    """Count values, and the values that are some steps off."""
 
     def __init__(self) -> None:
         self.values = self.off = self.worst = 0
@@ -101,8 +101,8 @@ def compare_onnx(
 
     Returns:
         ``integer_layers`` and ``float_layers`` of ONNX Runtime's optimized graph; ``values``,
-        ``off`` (unequal ones) and ``worst`` (steps) of all integers, layer by layer; ``distance``
-        of the outputs, and ``openvino_distance`` or ``openvino_error``.
+            ``off`` (unequal values) and ``worst`` (steps) of all integers, layer by layer;
+            ``distance`` of the outputs, and ``openvino_distance`` or ``openvino_error``.
     """
     feeds = dict(zip([x.name for x in proto.graph.input], _arrays(example), strict=False))
     with tempfile.TemporaryDirectory() as folder:
@@ -128,7 +128,7 @@ def _options(level: Any) -> onnxruntime.SessionOptions:
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     options.graph_optimization_level = level
-    # without VNNI, the default kernels saturate where 8-bit activations meet 8-bit weights
+    # Without VNNI, the default kernels saturate for 8-bit activations and 8-bit weights.
     options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
@@ -160,7 +160,7 @@ def _by_layer(
     feeds: dict[str, np.ndarray],
     integers: dict[Steps, list[np.ndarray]],
 ) -> _Difference:
-    """Run once for all integers, then again with the network's own in their place."""
+    """Run once to get all integers, then run again with the network's own integers."""
     steps = _steps_of_integers(proto.graph)
     produced = {name: node for node in optimized.graph.node for name in node.output}
     moves = ("MaxPool", "Transpose", "Reshape", "Flatten", "Slice", "Split", "Squeeze", "Gather")
@@ -211,12 +211,12 @@ def _openvino(
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        onnx.save(keep_every_rounding(proto), file)  # as train.py writes OpenVINO's file
+        onnx.save(keep_every_rounding(proto), file)  # the same form as train.py's OpenVINO file
         try:
             core = openvino.Core()
             model = core.compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
             result = model(feeds)
-        except Exception as error:  # a file that does not load is a figure of the table
+        except Exception as error:  # a file that does not load is an entry of the table
             return {"openvino_error": str(error).strip().splitlines()[-1][:200]}
     found = [torch.from_numpy(result[output]) for output in model.outputs]
     return {"openvino_distance": distance(found, expected)}
@@ -236,7 +236,7 @@ class _Interpreter(fx.Interpreter):
         self.integers, self.difference = integers, _Difference()
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node; compare and replace its result where that is of integers."""
+        """Run one node. If its result holds integers, compare them and replace them."""
         result = super().run_node(n)
         clamps = [user for user in n.users if user.target is torch.ops.aten.clamp]
         computes = n.op == "call_module" or n.target in _COMPUTING

@@ -1,11 +1,11 @@
-"""Compare the speed of our INT8 files with FP32, NNCF and ONNX Runtime's static quantization.
+"""Compare the speed of this project's INT8 files with FP32, NNCF and ONNX Runtime's quantization.
 
     python benchmarks/networks_speed.py                # needs timm and the extra `peers`
     python benchmarks/networks_speed.py resnet18       # this network only
 
 1 image of 224 x 224, 1 thread, random weights. All models of a network take turns in one run, and
-start from the same FP32 graph. Each tool calibrates on the same noise: speed does not depend on
-it. Writes benchmarks/results/networks_speed.json and .md.
+start from the same FP32 graph. Each tool calibrates on the same noise, because speed does not
+depend on the images. Writes benchmarks/results/networks_speed.json and .md.
 """
 
 import argparse
@@ -34,7 +34,7 @@ NETWORKS = (
     "vit_tiny_patch16_224", "convnext_atto",
 )  # fmt: skip
 SIZE = 224
-IMAGES = 8  # to calibrate
+IMAGES = 8  # for calibration
 Model = Callable[[Tensor], Any]
 
 
@@ -61,7 +61,7 @@ def in_openvino(model: Any) -> Model:
 
 
 def ours(net: torch.nn.Module, images: Tensor, folder: Path) -> dict[str, Model]:
-    """Calibrate by the callback's own functions and write both files."""
+    """Calibrate with the callback's own functions, and write both files."""
     quantization = prepare(net, (images[:2],), {}, lambda _: QCONFIGS["x86"])
     quantization.example = (images[:2],), {}
     quantization.observe(True)
@@ -79,7 +79,7 @@ def ours(net: torch.nn.Module, images: Tensor, folder: Path) -> dict[str, Model]
 
 
 def static(fp32: Path, images: Tensor, folder: Path) -> dict[str, Model]:
-    """Quantize with ONNX Runtime: 8-bit, and with reduce_range, its advice without VNNI."""
+    """Quantize with ONNX Runtime: 8-bit, and with reduce_range, which it advises without VNNI."""
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -113,7 +113,7 @@ def static(fp32: Path, images: Tensor, folder: Path) -> dict[str, Model]:
 
 
 def nncf_model(fp32: Path, images: Tensor) -> dict[str, Model]:
-    """Quantize with NNCF for OpenVINO; transformers get its settings for transformers."""
+    """Quantize with NNCF for OpenVINO. Transformers use NNCF's settings for transformers."""
     import nncf
     import openvino
 
@@ -129,7 +129,7 @@ def nncf_model(fp32: Path, images: Tensor) -> dict[str, Model]:
 
 
 def measure(name: str, seconds: float) -> dict[str, Any]:
-    """Return the latency of each model of a network, and what could not be made."""
+    """Return the latency of each model of a network, and the tools that failed."""
     net, _ = float_network(lambda: _network(name))
     images = torch.randn(IMAGES, 3, SIZE, SIZE)
     failed: dict[str, str] = {}
@@ -145,7 +145,7 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
         ):
             try:
                 models |= make()
-            except Exception as error:  # a tool that fails is a row of the table
+            except Exception as error:  # a failed tool is a row of the table
                 failed[make.__code__.co_names[0]] = f"{type(error).__name__}: {error}"[:300]
         latency = measure_latency(models, images[:1], rounds=1000, seconds=seconds)
     return {"latency_ms": latency, "failed": failed}

@@ -1,4 +1,4 @@
-"""The table of networks.py, in Markdown."""
+"""Make the table of networks.py, in Markdown."""
 
 from typing import Any
 
@@ -7,16 +7,16 @@ from record import origin_in_words
 
 GROUPS = ("timm", "smp", "transformers", "torchvision")
 PACKAGES = {"smp": "segmentation_models_pytorch"}
-RARE = 1e-5  # as many of the integers may be one step off in ONNX Runtime
+RARE = 1e-5  # share of the integers that may be one step off in ONNX Runtime
 
 
 def works(row: dict[str, Any] | None) -> bool:
-    """Tell if a tool has taken the network."""
+    """Return True if a tool has quantized the network."""
     return row is not None and "error" not in row
 
 
 def is_exact(row: dict[str, Any]) -> bool:
-    """Tell if ONNX Runtime's integers are the fake-quantized network's, layer by layer."""
+    """Return True if ONNX Runtime has the fake-quantized network's integers, layer by layer."""
     found = row["onnx"]
     return found["worst"] <= 1 and found["off"] <= RARE * max(1, found["values"])
 
@@ -47,7 +47,7 @@ def summary(rows: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the summary, what fails, and one line for each network."""
+    """Return the summary, the failures, and one line for each network."""
     rows = result["networks"]
     lines = [
         "# Networks that people use",

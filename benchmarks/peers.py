@@ -1,22 +1,24 @@
-"""The same FP32 checkpoint through other quantisers, beside ours: accuracy and latency.
+"""Quantize the same FP32 checkpoint with other tools, and compare accuracy and latency.
 
     python benchmarks/peers.py RUN    # a finished stage=qat or stage=ptq; needs the extra `peers`
 
-NNCF's post-training quantisation to OpenVINO and ONNX Runtime's static quantisation calibrate on
-the images on which stage=ptq does. Accuracy is of the whole test set; latency of 1 image on 1
-thread, all of them in the same rounds. Every model comes with normalisation inside, OpenVINO's with
-a fixed shape. Writes benchmarks/results/peers_<model>.json and .md.
+NNCF's post-training quantization for OpenVINO and ONNX Runtime's static quantization calibrate on
+the same images as stage=ptq. Accuracy is measured on the whole test set, latency with 1 image on 1
+thread, all models in the same rounds. Every model has its normalization inside. The models for
+OpenVINO have a fixed shape. Writes benchmarks/results/peers_<model>.json and .md.
 
 Result, one run of 2 minutes on 2 cores of an AMD EPYC (Zen 5, VNNI), ResNet18 with ImageNet's stem
-on CIFAR-10, PTQ all: ours 0.148 ms and 82.78 %; ONNX Runtime's own 0.142 ms and 82.90 %; NNCF 0.190
-ms and 82.96 %. So ours is 4 % slower than the fastest, and 0.2 points below the most accurate, with
-an interval of 0.74; in OpenVINO ours takes 0.197 ms. The peers start from our cropped FP32 graph.
+on CIFAR-10, PTQ for all: this project 0.148 ms and 82.78 %; ONNX Runtime's own quantization 0.142
+ms and 82.90 %; NNCF 0.190 ms and 82.96 %. So this project is 4 % slower than the fastest tool, and
+0.2 points below the most accurate tool, with an interval of 0.74. In OpenVINO, it takes 0.197 ms.
+The other tools start from this project's cropped FP32 graph.
 
-What is not a peer's default, and why:
-- NNCF: nothing but the preset in the rows `mixed`, and `subset_size` in those that say so.
-- ONNX Runtime: activations are uint8, as `quantize_static` documents for x86 (its default is
-  int8); weights have a scale a channel, as it advises for ResNets and as ours have, but for one row
-  with its default, a scale a tensor. `reduce_range` (7-bit weights) is its advice without VNNI.
+Settings that differ from the default of a tool:
+- NNCF: only the preset in the rows `mixed`, and `subset_size` in the rows that name it.
+- ONNX Runtime: activations are uint8, as `quantize_static` documents for x86 (its default is int8).
+  Weights have a scale for each channel, as it advises for ResNets and as this project does. One row
+  has its default, a scale for each tensor. `reduce_range` (7-bit weights) is its advice without
+  VNNI.
 """
 
 import argparse
@@ -49,7 +51,7 @@ STAGE = Path(__file__).parents[1] / "conf" / "stage" / "ptq.yaml"
 
 
 class KeepImages(pl.LightningModule):
-    """Trains nothing and keeps what it is shown."""
+    """Train nothing, and keep the images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,15 +59,15 @@ class KeepImages(pl.LightningModule):
         self.seen: list[Tensor] = []
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Batches of augmented images, as calibration gets them."""
+        """Keep a batch of augmented images, the same as in calibration."""
         self.seen.append(batch[0].contiguous())
 
     def configure_optimizers(self) -> None:
-        """None."""
+        """Return None, because nothing is trained."""
 
 
 def calibration_images(run: FinishedRun) -> Tensor:
-    """What stage=ptq calibrates on: float32 N x 3 x H x W in [0, 1]."""
+    """Return the images of stage=ptq's calibration: float32 N x 3 x H x W in [0, 1]."""
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -78,12 +80,12 @@ def calibration_images(run: FinishedRun) -> Tensor:
     )
     keep = KeepImages()
     trainer.fit(keep, datamodule=run.datamodule)
-    run.datamodule.trainer = None  # so that test images are not augmented
+    run.datamodule.trainer = None  # test images must not be augmented
     return torch.cat(keep.seen)
 
 
 class AsItComes(runtimes.OpenVino):
-    """Without our precision hint: on some CPUs it then computes in bfloat16 what is not integer."""
+    """OpenVINO without a precision hint: on some CPUs, it uses bfloat16 for floats."""
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         super().__init__(path, threads)
@@ -91,7 +93,7 @@ class AsItComes(runtimes.OpenVino):
 
 
 def nncf_models(run: FinishedRun, images: Tensor, scratch: Path) -> dict[str, Make]:
-    """Each preset and size of calibration set, with and without a precision hint."""
+    """Return each preset and size of calibration set, with and without a precision hint."""
     import nncf
     import openvino
 
@@ -113,7 +115,7 @@ def nncf_models(run: FinishedRun, images: Tensor, scratch: Path) -> dict[str, Ma
 
 
 def onnx_runtime_models(run: FinishedRun, images: Tensor, scratch: Path) -> dict[str, Make]:
-    """Each scheme that its documentation offers for x86."""
+    """Return each scheme that ONNX Runtime's documentation offers for x86."""
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -149,7 +151,7 @@ def onnx_runtime_models(run: FinishedRun, images: Tensor, scratch: Path) -> dict
 
 
 def peers(run: FinishedRun, scratch: Path, skipped: dict[str, str]) -> dict[str, Make]:
-    """All of them, by name, where their packages are there."""
+    """Return all models by name, if their packages are installed."""
     images = calibration_images(run)
     makes = onnx_runtime_models(run, images, scratch)
     if find_spec("nncf") is None or find_spec("openvino") is None:
@@ -159,7 +161,7 @@ def peers(run: FinishedRun, scratch: Path, skipped: dict[str, str]) -> dict[str,
 
 
 def test_accuracy(run: FinishedRun, makes: dict[str, Make]) -> tuple[dict[str, float], int]:
-    """Of each model, and the number of test images."""
+    """Return the accuracy of each model, and the number of test images."""
     run.datamodule.setup("test")
     threads = torch.get_num_threads()
     logits, labels = predict_test_set(
@@ -169,7 +171,7 @@ def test_accuracy(run: FinishedRun, makes: dict[str, Make]) -> tuple[dict[str, f
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """One row a model, the fastest first."""
+    """Return one row per model, the fastest first."""
     latency, shares = result["latency_ms"], result["accuracy"]
     best_fp32 = fastest(latency, "fp32")
     lines = [
@@ -200,7 +202,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Quantise, test, measure, write."""
+    """Quantize, test, measure, write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""A benchmark's result with its origin, as JSON and Markdown."""
+"""Write a benchmark's result with its command and versions, as JSON and Markdown."""
 
 import json
 import shlex
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "onnxruntime", "openvino", "nncf")
 
 
 def origin() -> dict[str, Any]:
-    """The command, and where and with what it has run."""
+    """Return the command, the machine, and the versions."""
     installed = [name for name in PACKAGES if find_spec(name)]
     return {
         "command": shlex.join(["python", *sys.argv]),
@@ -26,7 +26,7 @@ def origin() -> dict[str, Any]:
 
 
 def origin_in_words(result: dict[str, Any]) -> str:
-    """One sentence for the end of a table."""
+    """Return one sentence with the command and versions, for the end of a table."""
     where = result["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return (
@@ -42,7 +42,7 @@ def full_table(file: Path) -> str:
 
 
 def write(result: dict[str, Any], text: str, stem: Path) -> None:
-    """``stem``.json and ``stem``.md, and the latter on the screen."""
+    """Write ``stem``.json and ``stem``.md, and print the second."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(stem.with_name(f"{stem.name}.json")) as partial:
         partial.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""A callback that times the training step inside a fit of `train.py`; see training_step.py."""
+"""A callback that times the training step in a fit of `train.py`; see training_step.py."""
 
 import itertools
 import json
@@ -20,16 +20,16 @@ PRODUCTS = 20
 
 
 class StepTiming(pl.Callback):
-    """Times the data path alone, then the step alone, then both in Lightning's loop.
+    """Time the data path alone, then the step alone, then both in Lightning's loop.
 
-    The network is as the fit has made it (fake-quantized, compiled, on its device), with observers
-    and batch-norm statistics at work, as in the first epochs. Alone, the step is forward, loss,
-    backward and optimizer, over and over on one batch.
+    The network is in the state of the fit (fake-quantized, compiled, on its device). Its observers
+    and batch-norm statistics are active, as in the first epochs. The step alone is forward, loss,
+    backward and optimizer, again and again on one batch.
 
     Args:
-        path: gets the figures, as JSON.
-        steps: how many of each count.
-        warm_up: steps before them, at least 1; the first compiles.
+        path: file for the figures, as JSON.
+        steps: number of steps that count, for each of the three.
+        warm_up: steps before them, at least 1; the first step compiles.
     """
 
     def __init__(self, path: str, steps: int, warm_up: int) -> None:
@@ -39,7 +39,7 @@ class StepTiming(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Before the second batch, from which on steps are compiled: data path and step alone."""
+        """Time data path and step before the second batch, when steps become compiled."""
         if batch_idx != 1:
             return
         device = pl_module.device
@@ -49,7 +49,7 @@ class StepTiming(pl.Callback):
         batches = itertools.chain.from_iterable(itertools.repeat(loader))
 
         def fetch() -> Any:
-            # transfer and augmentation included
+            # With transfer and augmentation.
             return trainer.strategy.batch_to_device(next(batches), dataloader_idx=0)
 
         self.batch = fetch()
@@ -66,7 +66,7 @@ class StepTiming(pl.Callback):
         }
 
     def step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """One training step without data path and Lightning."""
+        """Run one training step without data path and Lightning."""
         images, labels = self.batch
         optimizer = trainer.optimizers[0]
         with trainer.precision_plugin.train_step_context():
@@ -78,7 +78,7 @@ class StepTiming(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """The loop's time is that between two steps for which the device is waited."""
+        """Time Lightning's loop between two steps, and wait for the device at both."""
         done = trainer.global_step
         if done == self.warm_up + 1:
             _wait(pl_module.device)
@@ -91,7 +91,7 @@ class StepTiming(pl.Callback):
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Memory, operations, the device's matrix rate; then all is written."""
+        """Add memory, operations and the device's matrix rate, and write all figures."""
         device, figures = pl_module.device, self.figures
         figures["peak_bytes"] = None
         if device.type == "cuda":  # of the fit, before the matrices below
@@ -116,10 +116,10 @@ class StepTiming(pl.Callback):
 
 
 def periods_ms(call: Callable[[], Any], count: int, device: torch.device) -> list[float]:
-    """Milliseconds from the end of one call to the end of the next, as the device sees them.
+    """Return the milliseconds from the end of one call to the end of the next, on the device.
 
-    On a GPU no call is waited for, as in training: the longer of its own time and the time that
-    Python takes to launch it counts.
+    Do not wait for the calls on a GPU, as in training. So a period is the time of the call or the
+    time that Python needs to launch it, whichever is longer.
     """
     if device.type != "cuda":
         times = [time.perf_counter()]
@@ -138,7 +138,7 @@ def periods_ms(call: Callable[[], Any], count: int, device: torch.device) -> lis
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second in a product of two large random matrices; float32 may use TF32."""
+    """Return operations per second of a product of large random matrices; float32 may use TF32."""
     size = MATRIX_SIZE[device.type]
     left, right = torch.randn(2, size, size, device=device).to(dtype)
     before = torch.get_float32_matmul_precision()

@@ -1,4 +1,4 @@
-"""The tables of what was measured on a GPU, from the files that gpu/run.py leaves.
+"""Make the tables of the GPU measurements, from the files of gpu/run.py.
 
 python benchmarks/tables_gpu.py benchmarks/results/gpu
 """
@@ -28,12 +28,12 @@ MODES = ("eager", "default")
 
 
 def load(folder: Path) -> Results:
-    """The results that are there, by the name of the piece."""
+    """Return the existing results, by the name of the piece."""
     return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
 
 
 def gpu_summary(results: Results) -> str:
-    """All tables, and where they were measured; a cell without a result says so."""
+    """Return all tables, and where they were measured. A cell without a result says so."""
     if not results:
         return f"Nothing has been measured on a GPU yet: {HOW} measures it."
     parts = (accuracy_table, few_bits_table, step_table, remarks, origins)
@@ -41,7 +41,7 @@ def gpu_summary(results: Results) -> str:
 
 
 def accuracy_table(results: Results) -> str:
-    """One row a recipe: means over the seeds, and differences between networks of one seed."""
+    """Return one row per recipe: means over the seeds, and differences of networks of one seed."""
     lines = [
         "| ResNet18 | epochs | FP32 | QAT INT8 | QAT - FP32, points | PTQ - FP32, points "
         "| training, FP32 + QAT |",
@@ -62,7 +62,7 @@ def accuracy_table(results: Results) -> str:
 
 
 def few_bits_table(results: Results) -> str:
-    """One row a number of bits, with learned scales, on the CIFAR stem."""
+    """Return one row per number of bits, with learned scales, on the CIFAR stem."""
     lines = [
         "| CIFAR stem, learned scales | epochs of QAT | INT8 | INT8 - FP32, points |",
         "| --- | --- | --- | --- |",
@@ -76,7 +76,7 @@ def few_bits_table(results: Results) -> str:
 
 
 def step_table(results: Results) -> str:
-    """One row a precision and torch.compile mode, of the CIFAR stem."""
+    """Return one row per precision and torch.compile mode, with the CIFAR stem."""
     lines = [
         "| training step | torch.compile | FP32, ms | QAT, ms | QAT / FP32 | loop, images/s "
         "| data path / step | GPU memory | share of matrix rate |",
@@ -103,7 +103,7 @@ def step_table(results: Results) -> str:
 
 
 def remarks(results: Results) -> str:
-    """What the figures mean, and the two that need no table."""
+    """Return the meaning of the figures, and the two figures that need no table."""
     same = []
     for stage in ("fp32", "qat"):
         result = results.get(f"deterministic_{stage}")
@@ -133,7 +133,7 @@ def remarks(results: Results) -> str:
 
 
 def origins(results: Results) -> str:
-    """Where, with what and when."""
+    """Return machine, versions and date."""
     places = dict.fromkeys(
         f"{x['gpu'] or x['cpu']}, torch {x['torch']}, {x['date']}, commit {str(x['commit'])[:10]}"
         for x in (result["environment"] for result in results.values())

@@ -1,4 +1,4 @@
-"""The tables of `training.py`."""
+"""Make the tables of `training.py`."""
 
 import json
 import statistics
@@ -7,7 +7,7 @@ from typing import Any
 
 from record import RESULTS, full_table, origin_in_words
 
-# what is compared, the loop of train.py, the loop of the tutorial
+# title of the comparison, loop of train.py, loop of the tutorial
 RACES = {
     "fp32": ("FP32", "ours_fp32", "origin_fp32"),
     "qat": ("QAT, the tutorial with fake quantization", "ours_qat", "origin_qat_mended"),
@@ -20,7 +20,7 @@ NOT_MEASURED = "not measured yet"
 
 
 def training_summary(folder: Path = RESULTS) -> str:
-    """A table for each model and device that has a result."""
+    """Return a table for each model and device that has a result."""
     parts = []
     for file in sorted(folder.glob("training_*.json")):
         result = json.loads(file.read_text())
@@ -29,7 +29,7 @@ def training_summary(folder: Path = RESULTS) -> str:
 
 
 def ratio_table(result: dict[str, Any]) -> str:
-    """The rates of train.py over the tutorial's; images/s too where a GPU has measured them."""
+    """Return the speed of this project / the tutorial, with images/s if a GPU measured them."""
     on_gpu = result["device"] != "cpu"
     heads = [result["model"], "images/s, tutorial = 1", "range of the rounds"]
     lines = [heads + ["images/s", "tutorial's"] * on_gpu, ["---"] * (5 if on_gpu else 3)]
@@ -44,7 +44,7 @@ def ratio_table(result: dict[str, Any]) -> str:
 
 
 def measured_how(result: dict[str, Any]) -> str:
-    """The settings of a result, and where it was measured."""
+    """Return the settings, command and versions of a result."""
     device = "" if result["device"] == "cpu" else f"{result['device']}, "
     return (
         f"Batch {result['batch_size']}, {result['rounds']} rounds of {result['steps']} steps, the "

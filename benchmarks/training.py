@@ -1,22 +1,25 @@
-"""How fast training is: the origin's loop against ours, side by side on this machine.
+"""Measure the training speed of the tutorial's loop and of this project, side by side.
 
     python benchmarks/training.py                       # ResNet18 with ImageNet's stem, CIFAR-10
     python benchmarks/training.py --model resnet18 --steps 5 --rounds 3  # the CIFAR stem
     python benchmarks/training.py --steps 200           # on a GPU, taken where there is one
     python benchmarks/training.py --smoke               # does all of it run? digits, few steps
 
-The origin's loop (`training_origin.py`): PIL images through transforms in worker processes, its
-network, its step. Ours (`training_ours.py`): what `train.py` composes and runs, with Lightning,
-loggers and progress bar. Both get the same images, augmentations, first weights and batch size;
-neither validates.
-Measured from batch to batch: FP32 and QAT (that of the first epochs, observers on), against the
-origin's QAT as it is written (which only observes) and mended (which fake-quantises); the steps
-alone, on a batch that is ready; the data path alone, up to normalised floats on the device.
+The tutorial is Lei Mao, "PyTorch Quantization Aware Training". Its loop (`training_origin.py`)
+reads PIL images through transforms in worker processes, and has its own network and step. This
+project's loop (`training_ours.py`) is the one that `train.py` composes and runs, with Lightning,
+loggers and progress bar. Both get the same images, augmentations, first weights and batch size.
+Neither validates.
+The times are measured from batch to batch. Measured are: FP32 and QAT (as in the first epochs, with
+observers on); the tutorial's QAT as it is written (it only observes) and fixed (it fake-quantizes);
+the steps alone, on a batch that is ready; the data path alone, up to normalized floats on the
+device.
 
-Each loop has one segment in turn, anew each round, in reverse order every other round; the first
-steps of a segment (workers start, caches fill) do not count. A ratio is the median of the rounds'.
-Writes benchmarks/results/training_<model>.json and .md, with `_gpu` behind the model where one was
-used. It takes about 7 minutes on 2 cores; with the CIFAR stem as above, not tried, perhaps an hour.
+Each loop has one segment in turn in each round, in reverse order in every second round. The first
+steps of a segment do not count, because workers start and caches fill. A ratio is the median over
+the rounds. Writes benchmarks/results/training_<model>.json and .md, with `_gpu` after the model if
+a GPU was used. It takes about 7 minutes on 2 cores. With the CIFAR stem as above, it may take an
+hour (not tried).
 """
 
 import argparse
@@ -42,16 +45,17 @@ from training_ours import CONF, Ours
 
 from lightning_qat.errors import UserError
 
-WARM_UP = 5  # steps: what two workers fetch ahead is 4 batches
-DATA_STEPS = 3  # batches of the data path alone for each step of the loops: they take less time
-LEARNING_RATE = 0.01  # of all: random weights must not diverge
+WARM_UP = 5  # steps: two workers fetch 4 batches ahead
+DATA_STEPS = 3  # batches of the data path for each step of the loops: they take less time
+LEARNING_RATE = 0.01  # for all loops: training from random weights must not diverge
 ORIGINS_WORKERS = 8
 SMOKE = ["data=digits", "data.batch_size=16"]
-ORIGINS_AUGMENTATION = ["data.flip=random", "data.cutout=0"]  # and crops, as ours
+# and the same crops as in this project
+ORIGINS_AUGMENTATION = ["data.flip=random", "data.cutout=0"]
 
 
 class Stopwatch(pl.Callback):
-    """Takes the time when a step has ended, without making a GPU wait within what counts."""
+    """Record the time at the end of each step, without making a GPU wait in steps that count."""
 
     def __init__(self, device: torch.device, steps: int) -> None:
         self.device = device
@@ -60,22 +64,22 @@ class Stopwatch(pl.Callback):
         self.ends: list[float] = []
 
     def tick(self) -> None:
-        """A step has ended."""
+        """Record the end of a step."""
         if self.device.type == "cuda" and len(self.ends) + 1 in (self.first, self.last):
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """The same, told by Lightning."""
+        """Record the end of a step, called by Lightning."""
         self.tick()
 
     def follow(self, steps: Iterable[Any]) -> None:
-        """Run a loop that gives something after each step."""
+        """Run a loop that yields after each step."""
         for _ in islice(steps, self.batches):
             self.tick()
 
     def seconds(self) -> list[float]:
-        """Of each step that counts. On a GPU a single one is when Python was done with it."""
+        """Return the seconds of each counted step. On a GPU, it ends when Python launched it."""
         ends = self.ends[self.first - 1 : self.last]
         if len(ends) <= self.last - self.first:
             raise UserError(
@@ -89,7 +93,7 @@ Loop = Callable[[Stopwatch], None]
 
 
 def loops_of(ours: Ours, device: torch.device, workers: int) -> dict[str, Loop]:
-    """All that is measured, by the names in `RACES`."""
+    """Return all measured loops, by the names in `RACES`."""
     dataset: Any = ours.datamodule.train_dataloader().dataset
     images, labels = (x[dataset.indices] for x in dataset.data)
     pil_images = origins.PILImages(images, labels, ours.datamodule.crop_padding)
@@ -130,7 +134,7 @@ def loops_of(ours: Ours, device: torch.device, workers: int) -> dict[str, Loop]:
 def measure(
     loops: dict[str, Loop], device: torch.device, batch_size: int, steps: int, rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """By loop: images/s of each round, and milliseconds a step over all of them."""
+    """Return for each loop: images/s of each round, and milliseconds per step over all rounds."""
     seconds: dict[str, list[list[float]]] = {name: [] for name in loops}
     for number in range(rounds):
         for name in reversed(loops) if number % 2 else loops:
@@ -150,7 +154,7 @@ def measure(
 
 
 def ratios(figures: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Ours over the origin's, of each of `RACES`: median and range of the rounds."""
+    """Return this project / the tutorial for each of `RACES`: median and range of the rounds."""
     found = {}
     for race, (_, ours, theirs) in RACES.items():
         pairs = zip(*(figures[x]["images_per_second"] for x in (ours, theirs)), strict=True)
@@ -160,7 +164,7 @@ def ratios(figures: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The ratios, then each loop."""
+    """Return the ratios, then each loop."""
     lines = [
         f"# Training: {result['model']}",
         "",
@@ -194,7 +198,8 @@ def main() -> None:
         data, args.steps, args.rounds = SMOKE, 4, 1
     out = args.out or (Path(tempfile.mkdtemp()) if args.smoke else RESULTS)
     torch.set_num_threads(args.threads)
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # each round says the same
+    # Lightning logs the same lines in each round
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="Please use quant_min and quant_max")
     warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no")
     on_gpu = args.device == "auto" and torch.cuda.is_available()

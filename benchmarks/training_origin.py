@@ -1,9 +1,9 @@
-"""The origin's way to train, written anew from its description, for `training.py` beside this.
+"""The training loop of the tutorial, written again from its description, for `training.py`.
 
 Lei Mao, "PyTorch Quantization Aware Training": PIL images through torchvision's transforms in
-worker processes, a ResNet18 whose activations and sums are modules, lists of what to fuse, and a
-step that waits for its loss. Two things differ: the stem is that of the network it is compared
-with, and the number of workers is an argument (the origin has 8).
+worker processes, a ResNet18 whose activations and sums are modules, lists of modules to fuse, and a
+step that waits for its loss. Two things differ from the tutorial: the stem is the same as in the
+compared network, and the number of workers is an argument (the tutorial has 8).
 """
 
 import copy
@@ -21,8 +21,8 @@ from torchvision import transforms
 from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock
 
-# `as_written` is what the origin hands to prepare_qat: observers, which leave values as they are.
-# `mended` is what it meant.
+# `as_written` is the qconfig that the tutorial gives to prepare_qat: observers, which do not change
+# values. `mended` is the qconfig that the tutorial intended.
 QCONFIGS = {
     "as_written": lambda: tq.get_default_qconfig("fbgemm"),
     "mended": lambda: tq.get_default_qat_qconfig("fbgemm"),
@@ -30,7 +30,7 @@ QCONFIGS = {
 
 
 class PILImages(Dataset[tuple[Tensor, int]]):
-    """Images one by one, as torchvision's CIFAR10 gives them: a PIL image made and transformed.
+    """Images one by one, as in torchvision's CIFAR10: make a PIL image and transform it.
 
     Args:
         images: uint8 N x H x W x 3.
@@ -53,17 +53,17 @@ class PILImages(Dataset[tuple[Tensor, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Float32 3 x H x W, normalised, and the class."""
+        """Return float32 3 x H x W, normalized, and the class."""
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
 def loader(dataset: PILImages, batch_size: int, workers: int) -> DataLoader[Any]:
-    """Batches in random order, from worker processes."""
+    """Return batches in random order, from worker processes."""
     return DataLoader(dataset, batch_size, sampler=RandomSampler(dataset), num_workers=workers)
 
 
 class Block(BasicBlock):
-    """torchvision's block with two activations of its own and the sum as a module."""
+    """torchvision's block with two separate activations, and the sum as a module."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -72,7 +72,7 @@ class Block(BasicBlock):
         self.skip_add = FloatFunctional()
 
     def forward(self, x: Tensor) -> Tensor:
-        """N x C x H x W -> N x C' x H' x W'."""
+        """Turn N x C x H x W into N x C' x H' x W'."""
         residual = self.relu1(self.bn1(self.conv1(x)))
         residual = self.bn2(self.conv2(residual))
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -80,7 +80,7 @@ class Block(BasicBlock):
 
 
 def network(ours: ResNet) -> ResNet:
-    """The same ResNet18, stem and weights included, in the origin's form and memory format."""
+    """Return the same ResNet18, stem and weights, in the tutorial's form and memory format."""
     net = ResNet(Block, [2, 2, 2, 2], num_classes=ours.fc.out_features)
     net.conv1, net.maxpool = copy.deepcopy(ours.conv1), copy.deepcopy(ours.maxpool)
     net.load_state_dict(ours.state_dict())
@@ -88,7 +88,7 @@ def network(ours: ResNet) -> ResNet:
 
 
 def prepare_qat(net: ResNet, qconfig: tq.QConfig) -> nn.Module:
-    """``net`` itself, fused by lists and prepared in place, between a quantise and a dequantise."""
+    """Fuse ``net`` by lists, prepare it in place between quantize and dequantize, return it."""
     net.train()
     tq.fuse_modules_qat(net, [["conv1", "bn1", "relu"]], inplace=True)
     for module in list(net.modules()):
@@ -108,7 +108,7 @@ def train(
     device: torch.device,
     learning_rate: float,
 ) -> Iterator[None]:
-    """Train on each batch; yields when a step is done, its bookkeeping included."""
+    """Train on each batch. Yield after each step and its bookkeeping."""
     net.to(device).train()
     optimizer = torch.optim.SGD(net.parameters(), lr=learning_rate, momentum=0.9, weight_decay=1e-4)
     loss_sum, correct = 0.0, torch.zeros((), device=device)

@@ -1,4 +1,4 @@
-"""What `train.py` composes and runs, for `training.py` beside this."""
+"""Run `train.py`'s training in parts, for `training.py`."""
 
 import tempfile
 from collections.abc import Iterator
@@ -22,15 +22,15 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Ours:
-    """Runs of `train.py` with these overrides that begin with the same random weights.
+    """Runs of `train.py` with these overrides, all from the same random weights.
 
     Args:
         overrides: as on the command line.
-        scratch: a folder for the weights and for what the runs leave.
+        scratch: a folder for the weights and the output of the runs.
 
     Attributes:
         datamodule: set up once, for all runs.
-        net: the network that they begin with.
+        net: the network that all runs start with.
         model: the name of its configuration.
     """
 
@@ -47,38 +47,38 @@ class Ours:
         torch.save(self.net.state_dict(), self.weights)
 
     def fit(self, stage: str, steps: int, watch: pl.Callback, ready: Batch | None = None) -> None:
-        """Train for so many steps, as `train.py` does, with one more callback.
+        """Train for this number of steps, as in `train.py`, with one more callback.
 
         Args:
             stage: ``fp32`` or ``qat``.
             steps: at most an epoch.
-            watch: the callback; it comes after the others.
-            ready: float32 images N x 3 x H x W in [0, 1] and labels, on the device, to be taken
-                for each batch. None = the data set's.
+            watch: the callback; it runs after the others.
+            ready: float32 images N x 3 x H x W in [0, 1] and labels, on the device. They replace
+                each batch. None = use the batches of the data set.
         """
         cfg = self._compose(
             f"stage={stage}",
             f"model.weights={self.weights}",
             f"fp32_ckpt={self.scratch}/fp32.ckpt",
             f"trainer.limit_train_batches={steps}",
-            "++trainer.enable_model_summary=false",  # printed before the first step
+            "++trainer.enable_model_summary=false",  # Lightning prints it before the first step
         )
         cfg.hydra.runtime.output_dir = tempfile.mkdtemp(dir=self.scratch)
         HydraConfig.instance().set_config(cfg)
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         wanted = {name: callback for name, callback in cfg.callbacks.items() if callback}
-        del wanted["best"]  # nothing is validated
+        del wanted["best"]  # there is no validation
         callbacks = [*map(instantiate, wanted.values()), watch]
         loggers = [instantiate(logger) for logger in cfg.logger.values()]
         trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
         if ready is None:
             trainer.fit(self._module(cfg), datamodule=self.datamodule)
         else:
-            batches: Any = [ready] * steps  # a list, which is a map-style data set
+            batches: Any = [ready] * steps  # a list is a map-style data set
             trainer.fit(self._module(cfg), DataLoader(batches, batch_size=None))
 
     def batches(self, device: torch.device) -> Iterator[Batch]:
-        """An epoch of augmented training images: float32 N x 3 x H x W in [0, 1]; labels."""
+        """Yield an epoch of augmented images, float32 N x 3 x H x W in [0, 1], and labels."""
         trainer = pl.Trainer(logger=False, enable_checkpointing=False)
         trainer.training = True
         self.datamodule.trainer = trainer
@@ -87,7 +87,7 @@ class Ours:
             yield self.datamodule.on_after_batch_transfer(batch, 0)
 
     def normalised(self, device: torch.device) -> Iterator[Batch]:
-        """The same, normalised as the module does it before its network."""
+        """Yield the same batches, normalized as in the module."""
         mean, std = (
             torch.tensor(values, device=device).view(1, 3, 1, 1)
             for values in (self.datamodule.mean, self.datamodule.std)

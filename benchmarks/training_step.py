@@ -1,13 +1,13 @@
-"""What a training step costs in FP32 and in QAT, eager and compiled, on the device that there is.
+"""Measure a training step in FP32 and in QAT, eager and compiled, on the device of this machine.
 
     python benchmarks/training_step.py --out FILE
     python benchmarks/training_step.py --modes eager --steps 5 --out FILE trainer=cpu
 
-Each variant is a fit with random weights, all of them in this process; what is measured in it says
-step_timing.py. `32-true` on a GPU has TF32 in its convolutions, torch's default. FILE.json is
-written after each variant; after `--seconds` no other begins, and eager ones come first. A compiled
-variant that fails is a result; an eager one that fails ends this. Arguments without dashes go to
-the configuration.
+Each variant is a fit with random weights, all in this process; see step_timing.py for the figures.
+`32-true` on a GPU uses TF32 in convolutions, torch's default. FILE.json is written after each
+variant. After `--seconds`, no new variant begins; eager variants come first. If a compiled variant
+fails, the failure is its result. If an eager variant fails, the program ends. Arguments without
+dashes are overrides of the configuration.
 """
 
 import argparse
@@ -29,28 +29,28 @@ from record import origin, write
 from step_timing import StepTiming
 
 CONF = Path(__file__).parents[1] / "conf"
-MODES = ["eager", "default", "reduce-overhead"]  # of torch.compile, but for the first
+MODES = ["eager", "default", "reduce-overhead"]  # eager, and modes of torch.compile
 PRECISIONS = ["bf16-mixed", "32-true"]
 STAGES = ["fp32", "qat"]
 NO_TIME = {"error": "no time was left"}
 
-datamodules: dict[str, pl.LightningDataModule] = {}  # loading one takes seconds
+datamodules: dict[str, pl.LightningDataModule] = {}  # loading a data set takes seconds
 
 
 class EndedError(Exception):
-    """The figures are there; what a fit does after its last step takes seconds."""
+    """The figures are written. The rest of the fit would only take time."""
 
 
 class End(pl.Callback):
-    """Ends the fit."""
+    """End the fit."""
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """After the last step."""
+        """End the fit after the last step."""
         raise EndedError
 
 
 def figures_of(stage: str, mode: str, overrides: list[str], steps: int, warm_up: int) -> Any:
-    """The figures of one variant; where it cannot be compiled, ``error`` says why."""
+    """Return the figures of one variant, or ``error`` if it cannot be compiled."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "figures.json"
         settings = [
@@ -77,7 +77,7 @@ def figures_of(stage: str, mode: str, overrides: list[str], steps: int, warm_up:
 
 
 def fit(settings: list[str], timing: StepTiming, folder: Path) -> None:
-    """As `train.py` does, without its files."""
+    """Fit as in `train.py`, without its files."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", settings, return_hydra_config=True)
     cfg.hydra.runtime.output_dir = str(folder)
@@ -103,14 +103,14 @@ def fit(settings: list[str], timing: StepTiming, folder: Path) -> None:
 
 
 def ratio(figures: dict[str, Any]) -> float | None:
-    """How many times the FP32 step the QAT step takes."""
+    """Return the time of the QAT step divided by the time of the FP32 step."""
     if any("error" in figures[stage] for stage in STAGES):
         return None
     return figures["qat"]["step_ms"]["p50"] / figures["fp32"]["step_ms"]["p50"]
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """One row a variant."""
+    """Return one row per variant."""
     lines = [
         f"# Training step: {result['model']}, batch {result['batch_size']}",
         "",
@@ -146,7 +146,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, write."""
+    """Measure and write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""train.py as a user runs it, and torch's own deprecations silenced as the package does."""
+"""Fixtures that run train.py like a user. torch's own deprecations are silenced."""
 
 import fcntl
 import json
@@ -18,17 +18,17 @@ from filelock import FileLock
 from lightning_qat._torch_deprecations import FILTERS
 
 TRAIN = Path(__file__).parents[1] / "train.py"
-# for a process whose memory is looked at: glibc keeps what is freed, by chance 29 MB
+# For a process whose memory is measured: glibc keeps freed memory, sometimes 29 MB.
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
-WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # None = the only process that tests
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # None = there is only one test process
 
-if WORKER:  # each has a core of its own, and what it starts inherits this
+if WORKER:  # each worker has one core, and its subprocesses inherit this
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # OpenVINO brings absl along, whose handler closes the stream that pytest gave it when Hydra
-    # sets up its logging
+    # OpenVINO imports absl, and its handler closes the stream of pytest when Hydra sets up its
+    # logging.
     absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
     for message, category in FILTERS:
         config.addinivalue_line("filterwarnings", f"ignore:{message}:{category.__name__}")
@@ -36,13 +36,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """What is marked `alone` runs while the other processes wait: it measures time."""
+    """Run a test with the mark `alone` while the other processes wait, because it measures time."""
     if not WORKER:
         return (yield)
     alone = item.get_closest_marker("alone") is not None
     folder = item.config.cache.mkdir("alone")  # type: ignore[union-attr]
     with (folder / "gate").open("w") as gate, (folder / "machine").open("w") as machine:
-        fcntl.flock(gate, fcntl.LOCK_EX)  # closed while one waits to be alone, or none ever would
+        # closed while a process waits to be alone, or it would wait for ever
+        fcntl.flock(gate, fcntl.LOCK_EX)
         fcntl.flock(machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         if not alone:
             fcntl.flock(gate, fcntl.LOCK_UN)
@@ -51,7 +52,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Every kind of exported file of one small network, see `artifacts.export`."""
+    """Return every kind of exported file of one small network, see `artifacts.export`."""
     from tests.deployment.artifacts import export  # imports torch
 
     return export(tmp_path_factory.mktemp("exported"))
@@ -59,37 +60,37 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @dataclass
 class Road:
-    """The folder in which `train.py -m stage=fp32,ptq,qat data=digits` has left everything."""
+    """The output folder of `train.py -m stage=fp32,ptq,qat data=digits`."""
 
     output_dir: Path
-    sweep: Path  # other tests may leave sweeps beside it
+    sweep: Path  # other tests may write sweeps next to it
     printed: str
     warned: str
 
     def job(self, stage: str) -> Path:
-        """The run directory of one stage."""
+        """Return the run directory of one stage."""
         (folder,) = self.sweep.glob(f"*-{stage}-*")
         return folder
 
     def metrics(self, stage: str) -> dict[str, Any]:
-        """Its metrics.json."""
+        """Return the metrics.json of one stage."""
         return json.loads((self.job(stage) / "metrics.json").read_text())
 
     @property
     def fp32_ckpt(self) -> Path:
-        """What ptq and qat started from."""
+        """Return the checkpoint that ptq and qat started from."""
         return self.output_dir / "fp32" / "digits-resnet18-seed0.ckpt"
 
 
 def for_all_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that is the same in each process that tests."""
+    """Return a folder that is the same in each test process."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if WORKER else own
 
 
 @pytest.fixture(scope="session")
 def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
-    """The README's main command, in a process of its own; once for all processes that test."""
+    """Run the README's main command in its own process, once for all test processes."""
     folder = for_all_processes(tmp_path_factory)
     output_dir, said = folder / "road", folder / "road.json"
     with FileLock(folder / "road.lock"):
@@ -120,7 +121,7 @@ Train = Callable[..., tuple[int, str]]
 def train(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Train:
-    """Run train.py in this process (its start costs seconds); gives exit status and output."""
+    """Run train.py in this process, because a new one takes seconds; return status and output."""
 
     def run(*args: str) -> tuple[int, str]:
         given = any(arg.startswith("output_dir=") for arg in args)

@@ -1,9 +1,9 @@
-"""What train.py leaves, loaded by another version of torch or Python: see .ci/compatibility.
+"""Load the files of train.py with another version of torch or Python: see .ci/compatibility.
 
-    python -m tests.exchange write FOLDER    train, and note what each file gives here
+    python -m tests.exchange write FOLDER    train, and record the results of each file
     python -m tests.exchange check FOLDER    load each file here, and compare
 
-Prints a line a file. Exit status 1 where one does not load, or gives something else.
+Prints one line per file. The exit status is 1 if a file does not load, or if its results differ.
 """
 
 import platform
@@ -24,13 +24,13 @@ SETTINGS = (
     "data=digits", "model=resnet18_imagenet_stem", "recipe.fp32.epochs=3", "recipe.qat.epochs=3",
     "recipe.qat.freeze_batch_norm_epoch=2", "trainer.limit_train_batches=8", "latency_seconds=0",
 )  # fmt: skip
-# the last.ckpt of two of the three epochs, as a run leaves it that is broken off in the third
+# the last.ckpt after two of three epochs, as in a run that is interrupted in the third epoch
 BROKEN_OFF = (
     "+callbacks.broken_off={_target_: pytorch_lightning.callbacks.ModelCheckpoint, dirpath: %s, "
     "filename: last, every_n_epochs: 2, save_on_train_epoch_end: true}"
 )
 EXACT = 0.0  # integer kernels
-FLOAT = 1e-4  # share of the largest: float kernels sum in an order of their own
+FLOAT = 1e-4  # share of the largest value: float kernels may sum in another order
 
 
 def train(*args: str) -> None:
@@ -40,7 +40,7 @@ def train(*args: str) -> None:
 
 
 def reloaded(folder: Path, checkpoint: Path, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of the fake-quantised network and of the INT8 model in a checkpoint."""
+    """Return the logits of the fake-quantized network and of the INT8 model in a checkpoint."""
     cfg = composed(*SETTINGS, "stage=qat", f"fp32_ckpt={folder / 'fp32.ckpt'}")
     callback: Any = instantiate(cfg.callbacks.result)
     module = callback.load(classifier(cfg), checkpoint).eval()
@@ -55,7 +55,7 @@ def classifier(cfg: Any) -> Any:
 
 @torch.no_grad()
 def found(folder: Path, continued: Path) -> dict[str, tuple[Tensor, float]]:
-    """What each file gives, and how far apart two versions may be."""
+    """Return the results of each file, and the permitted difference between two versions."""
     cfg = composed(*SETTINGS, "stage=qat", f"fp32_ckpt={folder / 'fp32.ckpt'}")
     data = instantiate(cfg.data, _convert_="all")
     data.setup("test")
@@ -66,7 +66,7 @@ def found(folder: Path, continued: Path) -> dict[str, tuple[Tensor, float]]:
     flat = torch.cat([x.flatten().float() for name, x in weights.items() if "weight" in name])
     return {
         "fp32 weights": (classifier(cfg)(images), FLOAT),
-        "last.ckpt, fake-quantised": (fake_quant, FLOAT),
+        "last.ckpt, fake-quantized": (fake_quant, FLOAT),
         "last.ckpt, INT8": (int8, EXACT),
         "last.ckpt, continued, weights": (flat, FLOAT),
         "last.ckpt, continued, INT8": (both[1], FLOAT),

@@ -1,4 +1,4 @@
-"""What tests of long runs are made of: a small network, and a look at the process it trains in."""
+"""Parts for tests of long runs: a small network, and a measurement of the training process."""
 
 import gc
 import json
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class TinyNet(nn.Module):
-    """N x 3 x 8 x 8 -> N x classes."""
+    """A network N x 3 x 8 x 8 -> N x classes."""
 
     def __init__(self, num_classes: int, width: int = 16) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class TinyNet(nn.Module):
 
 
 def look() -> dict[str, int]:
-    """What this process holds: resident bytes, open files, threads, Python's objects."""
+    """Return the resident bytes, open files, threads and Python objects of this process."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return {
@@ -39,7 +39,7 @@ def look() -> dict[str, int]:
 
 
 class Watch(pl.Callback):
-    """Appends a line to ``file`` at the start of every so many epochs."""
+    """Append a line to ``file`` at the start of every n-th epoch."""
 
     def __init__(self, file: str, every: int) -> None:
         self.file, self.every = Path(file), every

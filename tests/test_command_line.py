@@ -1,4 +1,4 @@
-"""Help, exit statuses, and what one failed job does to the others."""
+"""Help, exit statuses, and the effect of one failed job on the others."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""`model.compile`: the same training, by backend aot_eager: inductor rounds in its own way."""
+"""`model.compile` trains the same. Backend aot_eager, because inductor rounds differently."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +29,7 @@ class FailsAt(pl.Callback):
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The mode in which something was compiled, and "ran" for each time that it ran."""
+    """Return the mode of each compilation, and "ran" for each run."""
     done: list[str] = []
     compile_ = torch.compile
 
@@ -101,7 +101,7 @@ def test_after_a_fit_that_failed_the_next_trains_the_network_that_is_there(
     with pytest.raises(ZeroDivisionError):
         fit(module, tmp_path, FailsAt(STEPS - 1))
     callback = QuantizationAwareTraining()
-    fit(module, tmp_path, callback)  # replaces the network that was compiled
+    fit(module, tmp_path, callback)  # replaces the compiled network
     failed, whole = (STEPS - 2) * ["ran"], (STEPS - 1) * ["ran"]
     assert compiled == ["default", *failed, "default", *whole]
     assert callback.int8_model(torch.rand(2, 3, 8, 8)).shape == (2, 10)

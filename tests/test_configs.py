@@ -1,4 +1,4 @@
-"""What the configuration files compose to."""
+"""The composed configuration files."""
 
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def test_experiment_seed_is_the_origins_recipe(
     ("data", "model", "epochs", "batch_size"),
     [
         ("cifar10", "resnet18", 100, 512),
-        ("cifar10", "resnet18_imagenet_stem", 40, 128),  # a pair with a recipe of its own
+        ("cifar10", "resnet18_imagenet_stem", 40, 128),  # a pair with its own recipe
         ("digits", "resnet18_imagenet_stem", 8, 32),
     ],
 )

@@ -1,4 +1,4 @@
-"""The curves of a run that is continued, from the rows of before the break."""
+"""The curves of a resumed run begin with the rows from before the break."""
 
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def test_curves_outlive_a_resumed_run_that_is_killed_at_once(
 
 
 def test_a_row_without_names_is_left_out_of_the_curves(tmp_path: Path) -> None:
-    """Lightning appends such rows when it is interrupted before it has written new names."""
+    """Lightning appends such rows if it is interrupted before it writes new names."""
     for folder in ("csv", "checkpoints"):
         (tmp_path / folder).mkdir()
     (tmp_path / "csv" / "metrics.csv").write_text("loss,step\n0.5,1\n0.4,2,0.9\n0.3,3\n")

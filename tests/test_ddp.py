@@ -1,4 +1,4 @@
-"""Two processes on the CPU: the same network in both, one run folder, and nothing left behind."""
+"""Two processes on the CPU have the same network and one run folder, and leave no other files."""
 
 import csv
 import json
@@ -56,7 +56,7 @@ OF_AN_FP32_RUN = {
 
 
 class MistakeOn(pl.Callback):
-    """A user's mistake that only some processes notice."""
+    """Raise a user's mistake on some processes only."""
 
     def __init__(self, ranks: list[int]) -> None:
         self.ranks = ranks
@@ -68,7 +68,7 @@ class MistakeOn(pl.Callback):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds what two processes have left, and the checkpoint that one of the fits started from."""
+    """Return the output of two processes, and the checkpoint that one of the fits started from."""
     folder = tmp_path_factory.mktemp("ddp")
     checkpoint = ModelCheckpoint(folder, "epoch_0")
     fit(QuantizationAwareTraining(), folder, batch_size=16, max_epochs=1, also=(checkpoint,))
@@ -148,7 +148,7 @@ def test_a_job_has_its_own_processes_where_lightning_would_start_some(
 def test_a_single_run_leaves_one_folder_with_one_of_everything(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SLURM_NTASKS", "1")  # a SLURM job of one task is no reason to differ
+    monkeypatch.setenv("SLURM_NTASKS", "1")  # a SLURM job of one task must give the same result
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_LOCALID", "0")
     before = dict(os.environ)
@@ -223,14 +223,14 @@ def rows_of(output_dir: Path) -> list[dict[str, str]]:
 
 
 def processes_of(output_dir: Path, patience: float = 10) -> list[str]:
-    """The command lines in which the folder occurs, once they have had time to end."""
+    """Return the command lines that contain the folder, after a wait for their end."""
     deadline = time.monotonic() + patience
     while True:
         found = []
         for file in Path("/proc").glob("[0-9]*/cmdline"):
             try:
                 command = file.read_text().replace("\0", " ")
-            except OSError:  # has ended meanwhile
+            except OSError:  # it has ended since
                 continue
             if str(output_dir) in command and file.parent.name != str(os.getpid()):
                 found.append(command)

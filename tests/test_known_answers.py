@@ -1,4 +1,4 @@
-"""What each qconfig has to reach on digits, converted, on torch's integer kernels."""
+"""The accuracy that each qconfig must reach on digits, with torch's integer kernels."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def right(fp32_ckpt: Path, *overrides: str) -> tuple[Tensor, Tensor]:
-    """Which test images the FP32 and the INT8 network get right: bool N each."""
+    """Return for each test image if the FP32 and the INT8 network are right: bool N each."""
     cfg = composed("data=digits", f"fp32_ckpt={fp32_ckpt}", "data.val_size=0", *overrides)
     datamodule = instantiate(cfg.data, _convert_="all")
     pl.seed_everything(cfg.seed, verbose=False)
@@ -61,7 +61,7 @@ def test_8_bits_cost_two_images_at_most(name: str, road: Road) -> None:
 
 
 def test_at_4_bits_learned_scales_beat_min_max_by_two_points(tmp_path: Path) -> None:
-    """With the ImageNet stem: with the other one min-max loses a point at most, see below."""
+    """Use the ImageNet stem: with the CIFAR stem, min-max loses at most a point, see below."""
     stem, ckpt = "model=resnet18_imagenet_stem", tmp_path / "fp32.ckpt"
     quick = ("latency_seconds=0", "export_onnx=false")
     here = (f"output_dir={tmp_path}", f"fp32_ckpt={ckpt}")
@@ -77,7 +77,7 @@ def test_at_4_bits_learned_scales_beat_min_max_by_two_points(tmp_path: Path) -> 
 
 
 def test_learned_scales_beat_calibration_by_two_points_where_calibration_loses(road: Road) -> None:
-    # at W4A4 it loses nothing with this network, so that there is nothing to win: see the next test
+    # At W4A4, min-max loses nothing with this network, so LSQ cannot be better: see the next test.
     _, calibrated = right(road.fp32_ckpt, "stage=ptq", "qconfig=w3a3")
     _, learned = right(road.fp32_ckpt, "stage=qat", "qconfig=w3a3_lsq", "recipe.qat.epochs=1")
     assert int(learned.sum()) - int(calibrated.sum()) >= 0.02 * 360

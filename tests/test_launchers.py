@@ -1,4 +1,4 @@
-"""Sweeps whose jobs run somewhere else: the same rows, statuses and files."""
+"""Sweeps on other launchers have the same rows, statuses and files."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ from tests.conftest import Road, run_train
 
 pytestmark = pytest.mark.slow
 
-# What SLURM sets in a job of one task: the jobs of a sweep that submitit has submitted.
+# SLURM's variables in a job of one task, as in the jobs that submitit starts.
 ONE_TASK = {
     "SLURM_JOB_NAME": "train",
     "SLURM_JOB_ID": "7",
@@ -28,7 +28,7 @@ ONE_TASK = {
 def test_jobs_run_elsewhere_and_a_failed_one_is_a_row(
     road: Road, tmp_path: Path, launcher: str, environment: dict[str, str]
 ) -> None:
-    if launcher == "ray":  # its plugin wants an old cloudpickle: see pyproject.toml
+    if launcher == "ray":  # its plugin requires an old cloudpickle: see pyproject.toml
         pytest.importorskip("ray", reason="needs pip install 'lightning_qat[ray]'")
     done = run_train(
         "-m",
@@ -52,5 +52,5 @@ def test_jobs_run_elsewhere_and_a_failed_one_is_a_row(
     assert finished["status"] == "0"
     assert float(finished["accuracy.int8"]) > 0.9
     metrics = json.loads((tmp_path / "1-ptq-x86" / "metrics.json").read_text())
-    assert metrics["environment"]["threads"] == 1  # or the jobs would fight over the cores
+    assert metrics["environment"]["threads"] == 1  # otherwise the jobs would compete for the cores
     assert (tmp_path / "1-ptq-x86" / "model_int8.ts").exists()

@@ -1,4 +1,4 @@
-"""Hundreds of epochs, or many jobs, in one process: what it holds does not grow."""
+"""Memory and files do not grow over hundreds of epochs, or many jobs, in one process."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def settings(tmp_path: Path) -> list[str]:
 
 
 def train(*args: str) -> tuple[int, str]:
-    """In a process of its own: one that has run other tests has memory to give back and take."""
+    """Train in a new process, because other tests change the memory of this one."""
     done = run_train(*args, **GIVES_BACK)
     return done.returncode, done.stdout + done.stderr
 
@@ -57,10 +57,10 @@ def test_200_epochs_hold_no_more_than_50_and_log_what_an_epoch_needs(
 
     sizes = {str(x.relative_to(run)): x.stat().st_size for x in run.rglob("*") if x.is_file()}
     (events,) = [size for name, size in sizes.items() if name.startswith("tensorboard/events")]
-    assert sizes["train.log"] < 2_000  # nothing of an epoch
-    assert sizes["csv/metrics.csv"] < 200 * epochs  # two rows of an epoch
+    assert sizes["train.log"] < 2_000  # no lines per epoch
+    assert sizes["csv/metrics.csv"] < 200 * epochs  # two rows per epoch
     assert events < 500 * epochs  # six numbers
-    assert len(printed) < 1_000 * epochs  # its line, where stdout is no terminal
+    assert len(printed) < 1_000 * epochs  # one line per epoch if stdout is no terminal
     checkpoints = {path.name for path in (run / "checkpoints").iterdir()}
     assert checkpoints == {"best.ckpt", "last.ckpt"}
 

@@ -1,4 +1,4 @@
-"""Training holds no more than its budget: counted, as there may be no GPU to ask."""
+"""Training needs no more memory than its budget. The bytes are counted without a GPU."""
 
 import os
 import subprocess
@@ -31,10 +31,10 @@ def observing(net: nn.Module) -> Quantization:
 
 
 def kept_for_backward(net: nn.Module, batch_size: int) -> int:
-    """Bytes of the tensors that the backward pass of one step needs, weights left out."""
+    """Return the bytes of the tensors that the backward pass of one step needs, without weights."""
     weights = {x.untyped_storage().data_ptr() for x in net.parameters()}
     found: dict[int, int] = {}
-    alive: list[Tensor] = []  # or an address would be used again
+    alive: list[Tensor] = []  # keep them, or an address would be used again
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
@@ -57,7 +57,7 @@ def test_512_images_a_step_fit_in_8_gb(stage: str, budget: float) -> None:
     few, more = kept_for_backward(net, 2), kept_for_backward(net, 4)
     of_an_image = (more - few) / 2
     at_512 = few + 510 * of_an_image
-    # weights, gradients and momentum are 0.13 GB; the rest is for what a kernel needs meanwhile
+    # Weights, gradients and momentum take 0.13 GB. The rest is temporary memory of kernels.
     assert at_512 < budget
 
 
@@ -70,7 +70,7 @@ def test_batches_are_cut_from_the_one_copy_of_the_images() -> None:
 
 
 def grown_by_exports(stage: str) -> float:
-    """What this process holds more after four exports, in sizes of the weights exported."""
+    """Return the memory growth of four exports, as a multiple of the exported weights."""
 
     def export() -> int:
         net: Any = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4096))

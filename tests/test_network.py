@@ -1,4 +1,4 @@
-"""ResNet18, its stems, and the weights that load into it."""
+"""ResNet18, its stems, and loading of weights."""
 
 from functools import partial
 from pathlib import Path

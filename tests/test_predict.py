@@ -1,4 +1,4 @@
-"""`python -m lightning_qat.predict MODEL IMAGE...`: right answers, or a message that helps."""
+"""`python -m lightning_qat.predict MODEL IMAGE...` gives right answers, or a helpful message."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ Run = Callable[..., tuple[int, list[list[str]], str]]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run it in this process; gives exit status, fields of each line, and stderr."""
+    """Run it in this process; return exit status, fields of each line, and stderr."""
 
     def run(*arguments: str | Path) -> tuple[int, list[list[str]], str]:
         try:
@@ -42,9 +42,9 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def digits(tmp_path: Path) -> tuple[list[Path], torch.Tensor]:
-    """Grey PNG files of 8 x 8 images with levels from 0 to 16, and those levels, uint8."""
+    """Return grey PNG files of 8 x 8 images with levels from 0 to 16, and the levels, uint8."""
     levels = torch.randint(17, (12, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
-    levels[::3] //= 4  # dark ones, bright ones
+    levels[::3] //= 4  # dark images and bright images
     levels[1::3] = 16 - levels[1::3] // 4
     paths = [tmp_path / f"{number}.png" for number in range(len(levels))]
     for path, image in zip(paths, levels, strict=True):
@@ -108,7 +108,7 @@ def test_the_good_images_are_classified_and_the_bad_ones_named(
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Print as on a terminal of 80 columns, without colours."""
+    """Print as on a terminal of 80 columns, without colors."""
     monkeypatch.setattr(
         predict, "Console", lambda: Console(force_terminal=True, color_system=None, width=80)
     )
@@ -211,7 +211,7 @@ def in_a_process(*arguments: str | Path, **environment: str) -> subprocess.Compl
 def test_in_a_process_of_its_own_nothing_else_is_printed(
     exported: dict[str, Path], photo: Path
 ) -> None:
-    names = [b"h\xc3\xa9.png", b"h\xff.png"]  # UTF-8, and what no encoding can print
+    names = [b"h\xc3\xa9.png", b"h\xff.png"]  # UTF-8, and a name that no encoding can print
     paths = [Path(os.fsdecode(os.fsencode(photo.parent) + b"/" + name)) for name in names]
     for path in paths:
         path.write_bytes(photo.read_bytes())

@@ -1,4 +1,4 @@
-"""A run that was broken off and continued is the run that was not."""
+"""A resumed run is the same as an uninterrupted run."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from tests.quantization.networks import SmallModule, loader, trainer_with
 
 pytestmark = pytest.mark.slow
 
-# keeps the checkpoint of every epoch, which `last` overwrites
+# Keep the checkpoint of every epoch, because `last` is overwritten.
 EVERY_EPOCH = (
     "+callbacks.every={_target_: pytorch_lightning.callbacks.ModelCheckpoint, save_top_k: -1, "
     "monitor: train/loss, save_on_train_epoch_end: true, auto_insert_metric_name: false, "
@@ -35,7 +35,7 @@ def test_same_weights_and_scales_as_without_the_break(
         "export_onnx=false",
         f"output_dir={road.output_dir if stage == 'qat' else tmp_path}",
     ]
-    if stage == "qat":  # the break is after epoch 1: a freeze on either side of it
+    if stage == "qat":  # the break after epoch 1 is between two freezes
         args += [
             "callbacks.result.freeze_observer_epoch=1",
             "callbacks.result.freeze_batch_norm_epoch=2",
@@ -86,7 +86,7 @@ def test_a_run_is_not_continued_with_other_weights_than_it_began_with(
 
 
 class Scripted(SmallModule):
-    """Its validation accuracies are known beforehand."""
+    """A module whose validation accuracies are known in advance."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val/accuracy", (0.5, 0.9, 0.6, 0.7)[self.current_epoch])

@@ -1,4 +1,4 @@
-"""The main command on the embedded data: what the user holds afterwards."""
+"""The results of the main command on the embedded data."""
 
 import csv
 import re

@@ -1,4 +1,4 @@
-"""Optuna's sweeper: what it maximises, and what a failed job does to it."""
+"""Optuna's sweeper: the number that it maximizes, and the effect of a failed job."""
 
 import csv
 import json
@@ -69,7 +69,7 @@ def test_a_search_that_has_nothing_to_maximise_says_so(
 
 
 def test_a_plugin_that_is_not_installed_is_named_with_its_extra(tmp_path: Path) -> None:
-    package = tmp_path / "hydra_plugins"  # stands before the one that is installed
+    package = tmp_path / "hydra_plugins"  # found before the installed package
     package.mkdir()
     (package / "__init__.py").touch()
     done = run_train(*SEARCH, PYTHONPATH=f"{tmp_path}:src")

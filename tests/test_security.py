@@ -1,4 +1,4 @@
-"""Nothing that comes from a file is executed, and nothing is let in that should not be."""
+"""Nothing in a file is executed, and no wrong input is accepted."""
 
 import ast
 import json
@@ -38,7 +38,7 @@ FORBIDDEN = {
 
 
 def faults(source: str) -> Iterator[str]:
-    """Calls that execute what they are given, or a shell."""
+    """Find calls that execute their argument, or start a shell."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
             yield from FORBIDDEN & {f"{node.module}.{name.name}" for name in node.names}
@@ -85,7 +85,7 @@ def test_such_a_source_would_be_found(source: str) -> None:
     assert len(list(faults(source))) == 1
 
 
-# Of the packages that pyproject.toml names: the last version with a published fault, and its number
+# The last version with a published vulnerability of each package in pyproject.toml, and its number
 # in the Python Packaging Advisory Database (as of September 2026). 508: compromised releases.
 ADVISORIES = {
     ("pytorch-lightning", "2.6.2"): "PYSEC-2026-508",
@@ -117,7 +117,7 @@ def test_no_version_with_a_known_fault_is_let_in() -> None:
 
 
 class Calls:
-    """Its pickle calls a function."""
+    """An object whose pickle calls a function."""
 
     def __init__(self, function: Any, *args: Any) -> None:
         self.called = function, args
@@ -144,7 +144,7 @@ def test_the_best_checkpoint_may_hold_any_hyper_parameter(tmp_path: Path) -> Non
 
 
 def test_the_best_checkpoint_executes_nothing(tmp_path: Path) -> None:
-    """Its path may be from the file that a run was resumed from."""
+    """The path of the checkpoint may come from the file that a run was resumed from."""
     file, copy = tmp_path / "best.ckpt", tmp_path / "sprung"
     content = {"state_dict": {"net.w": torch.ones(2)}, "x": Calls(shutil.copyfile, TRAIN, copy)}
     torch.save(content, file)
@@ -193,7 +193,7 @@ def test_a_run_makes_nothing_of_the_configuration_in_its_folder(
     (folder / ".hydra" / "hydra.yaml").write_text("hydra: {callbacks: {x: {_target_: os.mkdir}}}")
     status, printed = train("data=digits", "data.flip=up", f"hydra.run.dir={folder}", resume)
     assert status == 2
-    assert "flip='up'" in printed  # so the command's own configuration was instantiated
+    assert "flip='up'" in printed  # so the command's own configuration was used
     assert not trap.exists()
 
 
@@ -217,7 +217,7 @@ def test_a_report_makes_nothing_of_the_configuration_of_a_job(
     OmegaConf.save(config, file)
     assert end(sweep) == 2
     assert "'os.mkdir' as something to call" in capfd.readouterr().err
-    assert "qconfig=x86" in page(sweep).words  # all but the latencies
+    assert "qconfig=x86" in page(sweep).words  # all results but the latencies
     assert not trap.exists()
 
 
@@ -236,7 +236,7 @@ def test_what_the_command_names_may_be_called() -> None:
 
 
 def test_a_torchscript_file_is_a_program(tmp_path: Path) -> None:
-    """Why the README says whom to take one from: its operators reach files, though no Python."""
+    """The README warns about them: TorchScript operators can read and write files."""
     code = f"def forward(self, x):\n    return torch.from_file({json.dumps(str(tmp_path / 'f'))}, "
     module = torch.jit.ScriptModule()
     module.define(code + "True, 4, dtype=6, layout=0, device=torch.device('cpu'))\n")

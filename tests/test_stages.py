@@ -1,4 +1,4 @@
-"""Other ways along the road: sweeps, no validation, one's own images."""
+"""Other uses of the stages: sweeps, no validation, the user's own images."""
 
 import csv
 import json
@@ -43,7 +43,7 @@ def test_a_sweep_over_qconfigs_has_one_folder_a_job_and_a_row_each(
         assert row["qconfig"] in printed
         scheme = QCONFIGS[row["qconfig"]]
         if saturates(scheme) and scheme.engine != "qnnpack":
-            continue  # refused without allow_saturation: sums overflow on this CPU, without VNNI
+            continue  # refused without allow_saturation: sums overflow on a CPU without VNNI
         assert float(row["accuracy.int8"]) >= fp32 - 0.02, row["qconfig"]
         assert float(row["agreement.int8_vs_fake_quant"]) >= 0.995, row["qconfig"]
 

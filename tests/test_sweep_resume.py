@@ -1,4 +1,4 @@
-"""Sweeps and runs that were broken off and are continued, and sweeps that make no sense."""
+"""Interrupted sweeps and runs that are resumed, and invalid sweeps."""
 
 import csv
 import json
@@ -23,20 +23,20 @@ QUICK = ("data=digits", "trainer=cpu", "trainer.limit_train_batches=2", "latency
 
 
 class Killed(pl.Callback):
-    """Kills its process at the start of the second epoch of seed 1, where a file orders it."""
+    """Kill the process at the start of the second epoch of seed 1, if a file orders it."""
 
     def __init__(self, order: str) -> None:
         self.order = Path(order)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The first epoch is in last.ckpt by now."""
+        """Kill the process. The first epoch is in last.ckpt at this time."""
         seed, epoch = os.environ["PL_GLOBAL_SEED"], trainer.current_epoch
         if (seed, epoch) == ("1", 1) and self.order.exists():
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def state(folder: Path) -> dict[str, int]:
-    """When each file below the folder was written."""
+    """Return the time of writing of each file below the folder."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path): path.stat().st_mtime_ns for path in files}
 
@@ -54,7 +54,7 @@ def test_a_killed_sweep_goes_on_where_it_was(train: Train, tmp_path: Path) -> No
         f"output_dir={tmp_path}/out",
         f"+callbacks.killed={{_target_: {__name__}.Killed, order: {order}}}",
         f"hydra.sweep.dir={sweep}",
-        "resume=true",  # as a script would always say it
+        "resume=true",  # a script may always use it
     ]
     killed = run_train(*command, PYTHONPATH=f"{TRAIN.parent}:{os.environ.get('PYTHONPATH', '')}")
     assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
@@ -63,10 +63,10 @@ def test_a_killed_sweep_goes_on_where_it_was(train: Train, tmp_path: Path) -> No
     assert not (broken_off / "metrics.json").exists()
     curves = (broken_off / "csv" / "metrics.csv").read_text()
     assert "val/accuracy" in curves
-    shutil.copytree(finished, reused)  # of another job: not a result of this one
+    shutil.copytree(finished, reused)  # of another job: not a result of this job
     before = state(sweep)
 
-    status, printed = train(*command, "hydra.verbose=false")  # no other sweep by that
+    status, printed = train(*command, "hydra.verbose=false")  # this argument makes no other sweep
 
     assert status == 2
     assert printed.count("is finished: skipped") == 1
@@ -110,8 +110,8 @@ def test_two_jobs_of_a_sweep_do_not_share_a_folder(
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("hydra.sweep.subdir=a/b", "directly in the sweep's"),
-        ("hydra.sweep.subdir=..", "directly in the sweep's"),
+        ("hydra.sweep.subdir=a/b", "directly in the folder of the sweep"),
+        ("hydra.sweep.subdir=..", "directly in the folder of the sweep"),
         ("hydra.output_subdir=null", "know its jobs by .hydra/"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Processes that torchrun or srun have started are one run, and a mistake is told once."""
+"""Processes that torchrun or srun started are one run, and report a mistake once."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ from tests.conftest import TRAIN, Train
 from tests.test_configs import composed
 from tests.test_ddp import OF_AN_FP32_RUN, QUICK, left_in
 
-# what each task of `srun --ntasks-per-node=2` finds in its environment
+# The variables of each task of `srun --ntasks-per-node=2`.
 SRUN = {
     "SLURM_JOB_ID": "4711",
     "SLURM_JOB_NAME": "train",
@@ -71,7 +71,7 @@ def srun(*args: str) -> list[subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="module")
 def by_torchrun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The output folder of a run, and what was printed."""
+    """Return the output folder of a run, and its printed output."""
     folder = tmp_path_factory.mktemp("torchrun")
     done = torchrun(*COMMAND, f"output_dir={folder}", f"hydra.run.dir={folder}/runs/one")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -80,7 +80,7 @@ def by_torchrun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture
 def as_rank_1(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process is the second task of srun, and the first is long done."""
+    """Make this process the second task of srun, after the first task has ended."""
     for name, value in (SRUN | {"SLURM_PROCID": "1"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(processes, "FIRST_SPEAKS_WITHIN", 0)
@@ -130,7 +130,7 @@ def test_a_mistake_in_all_processes_is_told_once(tmp_path: Path) -> None:
     done = torchrun(
         *QUICK, "stage=qat", f"output_dir={tmp_path}", f"hydra.run.dir={tmp_path}/runs/one"
     )
-    assert done.returncode == 1  # torchrun's own
+    assert done.returncode == 1  # the status of torchrun
     assert (done.stdout + done.stderr).count("there is no checkpoint") == 1
     assert json.loads((tmp_path / "runs/one/failure.json").read_text())["status"] == 2
 
@@ -142,7 +142,7 @@ def test_a_mistake_that_only_another_process_notices_is_told_by_it(
     assert status == 2
     assert printed.count("batch_size=0") == 1
     assert "batch_size=0" in json.loads((tmp_path / "run" / "failure.json").read_text())["message"]
-    assert not (tmp_path / "run" / ".hydra").exists()  # the first process's
+    assert not (tmp_path / "run" / ".hydra").exists()  # the first process did not write it
 
 
 def test_a_process_waits_for_the_first_and_says_nothing_of_what_it_has_told(

@@ -1,4 +1,4 @@
-"""A training run asks the device for numbers now and then, not at every step."""
+"""A training run reads numbers from the device only now and then, not in every step."""
 
 from pathlib import Path
 from typing import Any

@@ -1,10 +1,10 @@
-"""Take in what has come back from the GPU machine.
+"""Copy the results of the GPU machine into this repository.
 
     python benchmarks/gpu/collect.py FOLDER
 
-Puts the results into benchmarks/results/gpu/, for benchmarks/readme.py, and the float weights, in
-one piece and checked, into outputs/fp32/, where `stage=ptq` and `stage=qat` look for them. Replaces
-nothing: what is there already and differs is refused before anything is written.
+Puts the results into benchmarks/results/gpu/, for benchmarks/readme.py. Joins and checks the float
+weights and puts them into outputs/fp32/, where `stage=ptq` and `stage=qat` look for them. Replaces
+no file: if a file exists and differs, the command stops before it writes anything.
 """
 
 import argparse
@@ -20,10 +20,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def collect(folder: Path, results: Path, weights: Path) -> list[Path]:
-    """Write what is new.
+    """Write the new files.
 
     Raises:
-        ValueError: something is missing, damaged, of another format, or would be replaced.
+        ValueError: a file is missing, damaged, of another format, or would be replaced.
     """
     archive = folder / "results.zip"
     if not zipfile.is_zipfile(archive):
@@ -63,7 +63,7 @@ def _checked(name: str, content: bytes) -> bytes:
 
 
 def main() -> None:
-    """Collect, or say why not."""
+    """Collect the results, or print why this is impossible."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

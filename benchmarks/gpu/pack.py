@@ -1,10 +1,10 @@
-"""Pack what the GPU machine lacks: CIFAR-10 and the wheels that `train.py` needs there.
+"""Pack the files that the GPU machine lacks: CIFAR-10 and the wheels for `train.py`.
 
     python benchmarks/gpu/pack.py outputs/gpu_pack
 
-Makes two folders in it, `1` and `2`, each under 60 MiB: a call can carry one of them. A batch of
-CIFAR-10 is one lossless WebP picture and a file of labels, with the official SHA-1 beside them.
-The images come from `--data-root`, and are fetched where they are not there.
+Makes two folders in it, `1` and `2`, each under 60 MiB, because one call can carry one of them. A
+batch of CIFAR-10 is one lossless WebP picture and a file of labels, with the official SHA-1 next to
+them. The images come from `--data-root`. If they are not there, they are downloaded.
 """
 
 import argparse
@@ -29,7 +29,7 @@ WHEELS = ("hydra-core", "omegaconf", "antlr4-python3-runtime")
 
 
 def save(records: Records, stem: Path) -> None:
-    """One batch: ``stem``.webp and ``stem``.labels."""
+    """Write one batch: ``stem``.webp and ``stem``.labels."""
     tiles = records[:, 1:].reshape(-1, COLUMNS, 3, 32, 32).transpose(0, 3, 1, 4, 2)
     picture = Image.fromarray(np.ascontiguousarray(tiles).reshape(-1, COLUMNS * 32, 3))
     picture.save(stem.with_suffix(".webp"), lossless=True, exact=True, quality=75, method=4)
@@ -40,7 +40,7 @@ def pack(folder: Path, root: Path, sha1: dict[str, str] = CIFAR10_SHA1) -> None:
     """Write both parts.
 
     Raises:
-        UserError: the folder is in use, the images cannot be had, or a part is too large.
+        UserError: the folder is not empty, the images are not available, or a part is too large.
     """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: name another folder, or delete it.")
@@ -61,7 +61,7 @@ def pack(folder: Path, root: Path, sha1: dict[str, str] = CIFAR10_SHA1) -> None:
 
 
 def wheels(folder: Path) -> None:
-    """Of the versions that are tested together; pip builds what has no wheel.
+    """Make the wheels of the versions that are tested together. pip builds missing wheels.
 
     Raises:
         UserError: pip failed.
@@ -75,7 +75,7 @@ def wheels(folder: Path) -> None:
 
 
 def main() -> None:
-    """Pack, or say why not."""
+    """Pack the files, or print why this is impossible."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

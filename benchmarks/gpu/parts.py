@@ -1,15 +1,15 @@
-"""Files in parts that the way back from the GPU machine lets through, and back in one piece."""
+"""Split a file into parts that are small enough for the GPU machine's output, and join them."""
 
 import hashlib
 import json
 from pathlib import Path
 
-LARGEST = 16 * 10**6  # bytes of a part; 16 MiB is the limit
+LARGEST = 16 * 10**6  # bytes of a part; the limit is 16 MiB
 INDEX = "weights.json"
 
 
 def split(file: Path, folder: Path) -> None:
-    """Write ``weights.0``, ``weights.1``, ... and last ``weights.json``."""
+    """Write ``weights.0``, ``weights.1``, ... and ``weights.json`` as the last file."""
     content = file.read_bytes()
     for old in folder.glob("weights.*"):
         old.unlink()
@@ -25,7 +25,7 @@ def split(file: Path, folder: Path) -> None:
 
 
 def join(folder: Path) -> tuple[str, bytes]:
-    """The file's name and its content.
+    """Return the file's name and its content.
 
     Raises:
         ValueError: a part is missing or damaged.

@@ -1,11 +1,12 @@
-"""The pieces of work for a GPU, in the order of their worth, and how long each takes."""
+"""List the pieces of work for a GPU, the most valuable first, and estimate their time."""
 
 from dataclasses import dataclass
 from typing import Any
 
-IMAGES = 50_000  # of an epoch, all of them
-RATES = {"fp32": 18_000, "qat": 12_000}  # images a second: guesses, until the piece `steps` ended
-LIMIT = 60  # seconds for the piece `steps`; in the last 15 no compilation begins
+IMAGES = 50_000  # per epoch
+# images per second: guesses until the piece `steps` has ended
+RATES = {"fp32": 18_000, "qat": 12_000}
+LIMIT = 60  # seconds for the piece `steps`; no compilation begins in the last 15
 
 BF16 = "trainer.precision=bf16-mixed"
 FEW_BITS = (
@@ -17,18 +18,18 @@ FEW_BITS = (
 
 @dataclass(frozen=True)
 class Piece:
-    """One command, which leaves one result.
+    """One command with one result.
 
     Args:
-        name: of its result, log and run folder.
-        script: relative to the repository.
-        arguments: of the script.
+        name: name of its result, log and run folder.
+        script: path relative to the repository.
+        arguments: arguments of the script.
         needs: the piece whose float weights it starts from.
-        folder: in which `train.py` looks for float weights and leaves them.
-        seconds: what it takes besides its epochs: a guess.
-        epochs: of training.
-        rate: of its training, a key of `RATES`.
-        limit: seconds after which it is ended; what it has written until then counts.
+        folder: folder in which `train.py` reads and writes float weights.
+        seconds: its time without its epochs: a guess.
+        epochs: epochs of training.
+        rate: training rate, a key of `RATES`.
+        limit: seconds after which it is stopped. The results that it has written until then count.
     """
 
     name: str
@@ -43,19 +44,19 @@ class Piece:
 
     @property
     def trains(self) -> bool:
-        """It is a run of `train.py`."""
+        """True if it is a run of `train.py`."""
         return self.script == "train.py"
 
     def estimate(self, rates: dict[str, float]) -> float:
-        """Seconds from its start to its result."""
+        """Return the seconds from its start to its result."""
         return self.seconds + self.epochs * IMAGES / rates[self.rate]
 
 
 def pieces(smoke: bool) -> list[Piece]:
-    """All of them, or one of each kind, tiny and on a CPU."""
+    """Return all pieces. For a smoke run, return a tiny piece of each kind for a CPU."""
     script = "benchmarks/training_step.py"
     stem = ("--model", "resnet18_imagenet_stem", "trainer=cpu")
-    # most CPUs emulate bf16, a hundred times slower
+    # Most CPUs emulate bf16, which is a hundred times slower.
     tiny = ("--precisions", "32-true", "--batch-size", "4", "--steps", "1", "--warm-up", "1")
     big = ("--precisions", "bf16-mixed", "--batch-size", "2048", "--steps", "5", "--warm-up", "2")
     times = (
@@ -90,7 +91,7 @@ def _train(name: str, folder: str, smoke: bool, *arguments: str, **others: Any) 
         "recipe.qat.epochs=1",
         "latency_seconds=0.1",
     )
-    # the CPU's time for one image is measured elsewhere
+    # The CPU's time for one image is measured elsewhere.
     device = tiny if smoke else ("trainer=gpu", "latency_seconds=2")
     arguments = (*arguments, "data.val_size=0", *device)
     if smoke:
@@ -99,7 +100,7 @@ def _train(name: str, folder: str, smoke: bool, *arguments: str, **others: Any) 
 
 
 def _seed(seed: int, smoke: bool) -> list[Piece]:
-    """The default recipe: float, calibration, fine-tuning."""
+    """Return the default recipe: float training, calibration, fine-tuning."""
     common = ("default", smoke, f"seed={seed}", BF16)
     onnx = f"export_onnx={str(seed == 0).lower()}"
     fp32 = _train(f"fp32_seed{seed}", *common, "stage=fp32", epochs=100)
@@ -113,7 +114,7 @@ def _seed(seed: int, smoke: bool) -> list[Piece]:
 
 
 def _few_bits(qconfig: str, smoke: bool) -> Piece:
-    """From the weights of seed 0; few bits need more epochs."""
+    """Return a QAT piece that starts from the weights of seed 0. Few bits need more epochs."""
     arguments = ("stage=qat", f"qconfig={qconfig}", "seed=0", BF16, "export_onnx=false")
     longer = () if smoke else FEW_BITS
     others = {"needs": "fp32_seed0", "epochs": 30, "rate": "qat"}
@@ -121,7 +122,7 @@ def _few_bits(qconfig: str, smoke: bool) -> Piece:
 
 
 def _origin(smoke: bool) -> list[Piece]:
-    """The origin's recipe as it stands."""
+    """Return the recipe of the tutorial without changes."""
     common = ("seed_experiment", smoke, "experiment=seed", "export_onnx=false")
     fp32 = _train("seed_experiment_fp32", *common, "stage=fp32", epochs=200)
     others = {"needs": fp32.name, "epochs": 10, "rate": "qat"}
@@ -131,5 +132,5 @@ def _origin(smoke: bool) -> list[Piece]:
 def _deterministic(stage: str, smoke: bool) -> Piece:
     tiny = ("trainer=cpu", "model=resnet18_imagenet_stem", "data.batch_size=10")
     arguments = (f"stage={stage}", "data.val_size=0", *(tiny if smoke else ("trainer=gpu",)))
-    script, epochs = "benchmarks/deterministic.py", 0 if smoke else 4  # two trainings of two
+    script, epochs = "benchmarks/deterministic.py", 0 if smoke else 4  # two trainings of two epochs
     return Piece(f"deterministic_{stage}", script, arguments, seconds=50, epochs=epochs, rate=stage)

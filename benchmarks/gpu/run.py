@@ -1,11 +1,11 @@
-"""Do on the GPU machine what there is time for, in the order of worth.
+"""Run the pieces on the GPU machine, the most valuable first, while there is time.
 
     python benchmarks/gpu/run.py --pack FOLDER --until 560 --out "$OUT"
     python benchmarks/gpu/run.py --pack FOLDER --until 900 --out OUT --smoke   # tiny, on a CPU
 
-Everything is unpacked and kept in FOLDER/work (or FOLDER/smoke), so that a later call goes on: a
-piece that has a result is skipped, a training that was cut off continues from its last epoch. OUT
-gets results.zip (results and logs) after each piece, and the float weights in parts.
+All files are unpacked and kept in FOLDER/work (or FOLDER/smoke), so that a later call can continue:
+a piece with a result is skipped, and an interrupted training continues from its last epoch. OUT
+receives results.zip (results and logs) after each piece, and the float weights in parts.
 
 Exit status: 0 done, 1 a piece failed, 2 nothing was started, and the message says why.
 """
@@ -29,22 +29,22 @@ from pieces import RATES, Piece, pieces
 START = time.monotonic()
 ROOT = Path(__file__).parents[2]
 FORMAT = "lightning_qat gpu result 1"
-WORTH_STARTING = 60  # seconds, for a training that will be cut off
+WORTH_STARTING = 60  # seconds, for a training that will be interrupted
 
 
 class RefusedError(Exception):
-    """Nothing is started; the message says why and what to do."""
+    """Nothing is started. The message says why and what to do."""
 
 
 class Runner:
-    """Runs pieces in one work folder until a given second.
+    """Run pieces in one work folder until a given second.
 
     Args:
-        work: keeps everything.
-        out: gets what is to go back.
+        work: folder that keeps all files.
+        out: folder of the files to send back.
         until: seconds after ``START``.
-        weights: the piece whose float weights go back.
-        form: of the results; that of a smoke run is another.
+        weights: the piece whose float weights are sent back.
+        form: format of the results. A smoke run has another format.
     """
 
     def __init__(self, work: Path, out: Path, until: float, weights: str, form: str) -> None:
@@ -54,15 +54,15 @@ class Runner:
         self.failed: list[str] = []
 
     def left(self) -> float:
-        """Seconds."""
+        """Return the remaining seconds."""
         return self.until - (time.monotonic() - START)
 
     def result(self, name: str) -> Path:
-        """The file, there or not."""
+        """Return the path of a result file, which may not exist."""
         return self.work / "results" / f"{name}.json"
 
     def rates(self) -> dict[str, float]:
-        """Images a second in training: as measured, else guessed."""
+        """Return the images per second in training: measured, else guessed."""
         if not self.result("steps").is_file():
             return dict(RATES)
         found = json.loads(self.result("steps").read_text())["precisions"].get("bf16-mixed", {})
@@ -70,13 +70,13 @@ class Runner:
         return {x: eager.get(x, {}).get("loop_images_per_second", RATES[x]) for x in RATES}
 
     def seconds(self, piece: Piece) -> float:
-        """What is left of it to do: an estimate."""
+        """Return the estimated seconds until the end of a piece."""
         spent = self.work / "runs" / piece.name / "spent"
         done = float(spent.read_text()) if spent.is_file() else 0
         return max(piece.estimate(self.rates()) - done, piece.seconds)
 
     def run(self, piece: Piece) -> None:
-        """To its result, or to the second at which all ends."""
+        """Run a piece to its result, or until the time is over."""
         begin = time.monotonic()
         log = self.work / "logs" / f"{piece.name}.log"
         status = self._command(piece, log)
@@ -99,7 +99,7 @@ class Runner:
         self.give()
 
     def give(self) -> None:
-        """Write into ``out`` what is there so far."""
+        """Write the present results into ``out``."""
         self.out.mkdir(parents=True, exist_ok=True)
         partial = self.work / "results.zip"
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as file:
@@ -127,7 +127,7 @@ class Runner:
         partial.replace(self.result(piece.name))
 
     def _command(self, piece: Piece, log: Path) -> int | None:
-        """Its exit status; None where it was ended."""
+        """Run a command and return its exit status, or None if it was stopped."""
         run = self.work / "runs" / piece.name
         how = ["--out", str(run)]
         if piece.trains:
@@ -158,7 +158,7 @@ class Runner:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """With all that it has started, which may outlive it; it may save for three seconds."""
+    """Stop a process and all processes that it started. It has three seconds to save its state."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -169,10 +169,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def left_to_do(runner: Runner, wanted: list[Piece]) -> list[Piece]:
-    """The pieces that have no result.
+    """Return the pieces without a result.
 
     Raises:
-        RefusedError: a file in a result's place is none; or there is no time for any piece.
+        RefusedError: a result file has another format; or there is no time for any piece.
     """
     todo = []
     for piece in wanted:
@@ -201,7 +201,7 @@ def left_to_do(runner: Runner, wanted: list[Piece]) -> list[Piece]:
 
 
 def work_through(runner: Runner, todo: list[Piece]) -> None:
-    """What fits, in order; then the first training that does not, to be continued."""
+    """Run the pieces that fit, in order. Then start one training that a later call continues."""
     cut = []
     for piece in todo:
         if piece.needs and not runner.result(piece.needs).exists():
@@ -232,7 +232,7 @@ def main() -> int:
     work = args.pack.resolve() / ("smoke" if args.smoke else "work")
     form = f"{FORMAT} smoke" if args.smoke else FORMAT
     runner = Runner(work, args.out.resolve(), args.until, args.weights, form)
-    # or a piece, which has a session of its own, would outlive this
+    # Otherwise a piece would continue after this process, because it has its own session.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     todo = left_to_do(runner, wanted)
     unpack.check(args.pack, work / "cifar10")

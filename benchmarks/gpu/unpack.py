@@ -1,4 +1,4 @@
-"""What pack.py has packed, made ready on the GPU machine, without imports that take seconds."""
+"""Unpack the files of pack.py on the GPU machine, without slow imports."""
 
 import hashlib
 import json
@@ -9,21 +9,21 @@ import numpy as np
 from PIL import Image
 
 BATCHES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
-CACHE_NAME = "cifar10.npz"  # train.py's, which checks the official SHA-1 once more
+CACHE_NAME = "cifar10.npz"  # file name of train.py, which checks the official SHA-1 again
 SHA1 = "sha1.json"  # of a part's batches
-COLUMNS = 20  # of images in a picture: WebP takes 16,383 pixels at most
+COLUMNS = 20  # images per row of a picture: WebP allows at most 16,383 pixels
 SMOKE_IMAGES = 40  # of each batch
 
 
 class PackError(Exception):
-    """The pack is not whole; the message says what to do."""
+    """The pack is incomplete. The message says what to do."""
 
 
 def check(pack: Path, root: Path) -> None:
-    """Nothing is missing.
+    """Check that no file is missing.
 
     Raises:
-        PackError: something is.
+        PackError: a file is missing.
     """
     wanted = [] if (root / CACHE_NAME).exists() else [f"{name}.webp" for name in BATCHES]
     missing = [name for name in ["*.whl", *wanted] if not any(pack.glob(f"*/{name}"))]
@@ -35,14 +35,14 @@ def check(pack: Path, root: Path) -> None:
 
 
 def wheels(pack: Path, site: Path) -> None:
-    """Unpack them; all are of Python alone."""
+    """Unpack the wheels. All of them are pure Python."""
     for file in sorted(pack.glob("*/*.whl")):
         with zipfile.ZipFile(file) as wheel:
             wheel.extractall(site)
 
 
 def batch(stem: Path) -> np.ndarray:
-    """One batch in the official binary layout."""
+    """Return one batch in the official binary layout."""
     labels = np.frombuffer(stem.with_suffix(".labels").read_bytes(), np.uint8)
     with Image.open(stem.with_suffix(".webp")) as picture:
         tiles = np.asarray(picture).reshape(-1, 32, COLUMNS, 32, 3)
@@ -51,10 +51,10 @@ def batch(stem: Path) -> np.ndarray:
 
 
 def data(pack: Path, root: Path, smoke: bool = False) -> list[str]:
-    """Put CIFAR-10, or a little of it, into ``root``, where `train.py` looks for it.
+    """Put CIFAR-10, or a small part of it, into ``root``, where `train.py` looks for it.
 
     Returns:
-        What `train.py` must be told, to take the little for the whole.
+        The overrides that make `train.py` accept the small part.
 
     Raises:
         PackError: a batch is damaged.
@@ -78,7 +78,7 @@ def _checked(stem: Path) -> np.ndarray:
     try:
         records = batch(stem)
         intact = _sha1(records) == json.loads((stem.parent / SHA1).read_text())[stem.stem]
-    except Exception:  # damaged pictures make decoders raise nearly anything
+    except Exception:  # damaged pictures make decoders raise almost any exception
         intact = False
     if not intact:
         raise PackError(f"{stem} is damaged: carry {stem.parent.name} again. Nothing was started.")

@@ -1,7 +1,7 @@
 """Quantization-aware training for PyTorch Lightning.
 
-The callback is the library: ``QuantizationAwareTraining`` quantizes any LightningModule's network.
-Everything around it serves ``train.py``.
+The library is the callback ``QuantizationAwareTraining``. It quantizes the network of any
+LightningModule. All other modules serve ``train.py``.
 """
 
 from importlib import import_module
@@ -48,12 +48,12 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 
 def qconfigs() -> list[str]:
-    """Return the names that ``qconfig`` may have."""
+    """Return the names that are valid for ``qconfig``."""
     return list(import_module("lightning_qat.quantization").QCONFIGS)
 
 
 def __getattr__(name: str) -> Any:
-    # torch takes seconds to import, which `python train.py --help` does not need
+    # The import of torch takes seconds, and `python train.py --help` does not need it.
     if name in __all__:
         return getattr(import_module(f"lightning_qat.{_MODULES.get(name, 'quantization')}"), name)
     raise AttributeError(f"module 'lightning_qat' has no attribute {name!r}")

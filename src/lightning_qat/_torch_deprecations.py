@@ -1,19 +1,20 @@
-"""The one place where deprecation warnings are silenced: those of torch about its own parts.
+"""Silence the deprecation warnings of torch about its own parts. No other module does this.
 
-Eager quantization (torch.ao) and TorchScript are deprecated and work in every torch that this
-package supports; nobody who uses it can act on those warnings. Warnings about our code still show.
+Eager quantization (torch.ao) and TorchScript are deprecated, but they work in every torch version
+that this package supports. A user can do nothing about these warnings. Warnings about the code of
+this project still appear.
 """
 
 import warnings
 
-# (start of the message as a regular expression, category)
+# (regular expression for the start of the message, category)
 FILTERS: list[tuple[str, type[Warning]]] = [
     (r"torch\.ao\.quantization is deprecated", DeprecationWarning),
     (r"`torch\.jit\.\w+` is deprecated", Warning),
     (r"torch\.quantize_per_tensor, torch\.quantize_per_channel and other", UserWarning),
-    # scripting torch's own fx.GraphModule
+    # torch scripts its own fx.GraphModule
     (r"The TorchScript type system doesn't support instance-level", UserWarning),
-    # Lightning's use of torch's own pytree
+    # Lightning uses the pytree of torch
     (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
 ]
 

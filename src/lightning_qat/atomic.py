@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and what a killed process leaves of them."""
+"""Write files completely or not at all, and remove the leftovers of killed processes."""
 
 import glob
 import os
@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
-"""How the names of unfinished files and folders end; they begin with a dot."""
+"""Suffix of unfinished files and folders. Their names begin with a dot."""
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a name to write to, which becomes ``path`` when the block ends without an error."""
+    """Yield a temporary path. Rename it to ``path`` if the block ends without an error."""
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         yield partial
@@ -27,9 +27,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def remove_partials(folder: Path, name: str = "") -> None:
-    """Remove what killed processes have left unfinished in ``folder``, of one file or of all.
+    """Remove the unfinished files that killed processes left in ``folder``.
 
-    The caller holds a lock, so that no living process is at work on them.
+    Remove only the leftovers of the file ``name`` if it is given. The caller holds a lock, so that
+    no running process uses these files.
     """
     begins = f".{glob.escape(name)}.[0-9]" if name else "."
     for partial in folder.glob(f"{begins}*{PARTIAL}"):

@@ -1,4 +1,4 @@
-"""The files that carry weights from one stage to the next."""
+"""Write and read the checkpoints that carry weights from one stage to the next."""
 
 import logging
 from pathlib import Path
@@ -16,7 +16,7 @@ from lightning_qat.quantization.checkpoints import below, read_checkpoint, state
 
 log = logging.getLogger(__name__)
 
-# What Lightning needs of a checkpoint to continue a run.
+# Lightning requires these entries to continue a run from a checkpoint.
 _OF_A_RUN: dict[str, type] = {
     "pytorch-lightning_version": str,
     "state_dict": dict,
@@ -28,10 +28,10 @@ _OF_A_RUN: dict[str, type] = {
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints beside their place, whole or not at all.
+    """Write checkpoints completely or not at all, in the folder where they belong.
 
-    Lightning's own writes them to the system's temporary folder. From another file system, moving
-    is copying: a process that is killed meanwhile, or a full disk, leaves half a checkpoint.
+    Lightning's own class writes them to the temporary folder of the system first. A move to another
+    file system is a copy: if the process is killed or the disk is full, half a checkpoint remains.
     """
 
     def save_checkpoint(
@@ -45,10 +45,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def refuse_to_replace(path: Path) -> None:
-    """Check that a file may be written anew: it is not there, or holds what ``save_weights`` wrote.
+    """Check that ``path`` does not exist, or that ``save_weights`` wrote it.
 
     Raises:
-        UserError: it holds something else, which would be lost.
+        UserError: the file holds something else, which would be lost.
     """
     if not path.exists():
         return
@@ -56,13 +56,12 @@ def refuse_to_replace(path: Path) -> None:
     names = set(read_checkpoint(path, f"or {hint}"))
     if not {"state_dict", "global_step"} <= names or "optimizer_states" in names:
         raise UserError(
-            f"{path} holds something else than weights that stage=fp32 has left, and would be "
-            f"replaced by them: {hint}"
+            f"{path} was not written by stage=fp32, and this run would replace it: {hint}"
         )
 
 
 def save_weights(module: pl.LightningModule, trainer: pl.Trainer, path: Path) -> None:
-    """Write the weights of ``module``, whole or not at all, as a Lightning checkpoint."""
+    """Write the weights of ``module`` as a Lightning checkpoint, completely or not at all."""
     checkpoint: dict[str, Any] = {
         "pytorch-lightning_version": pl.__version__,
         "state_dict": module.state_dict(),
@@ -71,7 +70,7 @@ def save_weights(module: pl.LightningModule, trainer: pl.Trainer, path: Path) ->
         "global_step": trainer.global_step,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    # unlike a run's folder, this one may have several runs that write the same file
+    # Several runs may write this file at the same time.
     with exclusive(path.with_name(f".{path.name}.lock")):
         remove_partials(path.parent, path.name)
         with atomic_path(path) as partial:
@@ -82,7 +81,7 @@ def _save(checkpoint: dict[str, Any], path: Path) -> None:
     try:
         with path.open("wb") as file:
             torch.save(checkpoint, file)
-    except RuntimeError as error:  # torch's closing of the file, which fails where writing has
+    except RuntimeError as error:  # torch raises this when it closes the file after a failed write
         if isinstance(error.__context__, OSError):
             raise error.__context__ from error
         raise
@@ -91,19 +90,23 @@ def _save(checkpoint: dict[str, Any], path: Path) -> None:
 def load_weights(
     net: nn.Module, path: str, target: str, hparams: dict[str, Any], *, hint: str, new_head: bool
 ) -> None:
-    """Load the submodule ``target`` of a Lightning checkpoint, or a plain state dict, into ``net``.
+    """Load the weights of a file into ``net``.
+
+    The file is a Lightning checkpoint, of which the submodule ``target`` is used, or a plain state
+    dict.
 
     Args:
-        hparams: hyper-parameters that a Lightning checkpoint must have been trained with.
-        hint: what to do where there is no such file, or a damaged one, for the error message.
-        new_head: a plain state dict may be somebody's published weights for other classes: then
-            the last layer stays as it was initialised.
+        hparams: hyperparameters that the Lightning checkpoint must have been trained with.
+        hint: advice for the error message if the file is missing or damaged.
+        new_head: accept a plain state dict for other classes, such as published weights. The last
+            layer then keeps its initial weights.
 
     Raises:
-        UserError: the file is missing, damaged, or of another network.
+        UserError: the file is missing, damaged, or belongs to another network.
     """
     checkpoint = read_checkpoint(path, hint)
-    hint = "Name another file; stage=fp32 with fp32_ckpt=FILE makes one."  # not again in its place
+    # the file exists, so the hint is another one
+    hint = "Name another file; stage=fp32 with fp32_ckpt=FILE makes one."
     state = state_dict(checkpoint, path, hint)
     if state is not checkpoint:
         _refuse_other_hparams(checkpoint.get("hyper_parameters", {}), hparams, path, hint)
@@ -119,17 +122,17 @@ def load_weights(
         ) from error
     if wrong := [name for name, x in net.state_dict().items() if not x.isfinite().all()]:
         raise UserError(
-            f"{path} holds weights that are no finite numbers, in {wrong[0]} ({len(wrong)} tensors "
-            f"in all): its training had diverged. {hint}"
+            f"{path} holds weights that are not finite numbers, in {wrong[0]} ({len(wrong)} "
+            f"tensors in total), because its training diverged. {hint}"
         )
     log.info("weights of %s", path)
 
 
 def check_resumable(path: str) -> None:
-    """Check that a run can be continued from this file.
+    """Check that a run can continue from this file.
 
     Raises:
-        UserError: it is missing or damaged, or holds weights only.
+        UserError: the file is missing or damaged, or it holds only weights.
     """
     hint = "name the checkpoints/last.ckpt of the run to continue."
     checkpoint = read_checkpoint(path, hint)
@@ -141,8 +144,8 @@ def check_resumable(path: str) -> None:
     tensors = {name: x for name, x in checkpoint["state_dict"].items() if isinstance(x, Tensor)}
     if wrong := [name for name, x in tensors.items() if x.isnan().any()]:
         raise UserError(
-            f"{path} holds weights that are no numbers, in {wrong[0]} ({len(wrong)} tensors in "
-            "all): its training had diverged. Start again, with a lower model.learning_rate."
+            f"{path} holds weights that are not numbers, in {wrong[0]} ({len(wrong)} tensors in "
+            "total), because its training diverged. Start again with a lower model.learning_rate."
         )
 
 

@@ -1,8 +1,9 @@
-"""Exit statuses, which Hydra by itself does not give: 0 done, 2 the user's mistake, 1 ours.
+"""Set the exit status: 0 = done, 2 = the user's mistake, 1 = internal error.
 
-Hydra ends with 1 for what it refuses, prints a traceback for every exception in a job and then
-skips the jobs after it. So a job's errors are caught inside the task, kept in a file, and turned
-into a status here. In a multirun, ``report.sweep`` turns the files into the worst status.
+Hydra does not separate these cases. It ends with 1 for invalid arguments. For an exception in a job
+it prints a traceback and skips the next jobs. So the task catches the errors of its job and writes
+them to a file, and this module turns the file into a status. In a multirun, ``report.sweep`` turns
+all files into the worst status.
 """
 
 import errno
@@ -34,7 +35,7 @@ from lightning_qat.resume import FAILURE_FILE
 
 DONE, OUR_FAULT, USERS_MISTAKE = 0, 1, 2
 
-# What a plugin of Hydra adds to its configuration -> the extra of ours that installs it.
+# Config file of a Hydra plugin -> the extra of this package that installs the plugin.
 _EXTRAS = {
     "hydra/sweeper/optuna": "optuna",
     "hydra/launcher/joblib": "joblib",
@@ -43,7 +44,7 @@ _EXTRAS = {
     "hydra/launcher/ray": "ray",
 }
 
-# The disk's own answers, which are no fault of the program.
+# Errors that the disk causes, not the program.
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 log = logging.getLogger(__name__)
@@ -52,10 +53,10 @@ _until_the_end = ExitStack()  # holds the lock of this command's folder
 
 
 class CommandCheck(Callback):
-    """Refuses what Hydra would fail at with a traceback, or several processes at each other."""
+    """Stop a command before Hydra starts jobs that would fail or disturb each other."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """For a single run."""
+        """Check a single run. Hydra calls this before the job starts."""
         folder, overrides = config.hydra.run.dir, config.hydra.overrides.task
         refused = processes.refused(config) or resume.refused_run(config)
         finished = config.resume is True and resume.is_finished(Path(folder), as_typed(overrides))
@@ -69,7 +70,7 @@ class CommandCheck(Callback):
                 config.hydra.output_subdir = None  # the first process writes it
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """For a multirun."""
+        """Check a multirun. Hydra calls this before the first job starts."""
         folder = config.hydra.sweep.dir
         refused = (
             processes.refused(config)
@@ -101,16 +102,17 @@ def _begin_in(argument: str, folder: str, message: str | None, launcher: str = "
 
 
 def worst(statuses: Iterable[int]) -> int:
-    """The status that matters most: a fault of ours, then a user's mistake, then success."""
+    """Return the worst status: an internal error, then a user's mistake, then success."""
     return max(statuses, key=(DONE, USERS_MISTAKE, OUR_FAULT).index, default=DONE)
 
 
 def job(task: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], float | None]:
     """Wrap the task that Hydra calls, so that one failed job does not stop a multirun.
 
-    With resume=true, a job that is finished already is not done again.
+    With resume=true, skip a job that is finished.
     """
-    script = Path(sys.argv[0]).resolve()  # now: a launcher's processes have a script of their own
+    # read it now: the processes of a launcher have other scripts
+    script = Path(sys.argv[0]).resolve()
 
     @functools.wraps(task)
     def guarded(cfg: DictConfig) -> float | None:
@@ -119,7 +121,7 @@ def job(task: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], fl
         folder = Path(hydra.runtime.output_dir)
         failure = folder / FAILURE_FILE
         processes.begin()
-        own_folder = hydra.mode == RunMode.MULTIRUN  # else it is the command's
+        own_folder = hydra.mode == RunMode.MULTIRUN  # a single run uses the folder of the command
         if cfg.resume and resume.is_finished(folder, as_typed(hydra.overrides.task)):
             log.info("%s is finished: skipped", folder)
             return read_objective(folder)
@@ -138,10 +140,10 @@ def job(task: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], fl
                     resume.prepare(cfg, hydra)
                     found = task(cfg)
         except Exception as error:
-            if interrupt.was_received():  # something has made another exception of it
+            if interrupt.was_received():  # another exception has replaced the KeyboardInterrupt
                 raise KeyboardInterrupt from error
             processes.let_the_first_speak()
-            if not failure.exists():  # else another process has failed, which says why
+            if not failure.exists():  # otherwise another process has failed and written the reason
                 status = _tell(error, failure)
         if failure.exists():
             status = json.loads(failure.read_text())["status"]
@@ -159,9 +161,10 @@ def _tell(error: Exception, failure: Path) -> int:
         log.error("%s", traceback.format_exc())
     else:
         status = USERS_MISTAKE
-        if not processes.is_watched():  # else the process that waits for all of them says it
+        # otherwise the process that waits for all of them reports it
+        if not processes.is_watched():
             log.error("%s", message)
-    with suppress(OSError), atomic_path(failure) as partial:  # a full disk has no room for it
+    with suppress(OSError), atomic_path(failure) as partial:  # a full disk has no space for it
         partial.write_text(json.dumps({"status": status, "message": message}) + "\n")
     return status
 
@@ -171,11 +174,11 @@ def _run_in_processes(hydra: HydraConf, script: Path, failure: Path) -> None:
     if failure.exists():
         log.error("%s", json.loads(failure.read_text())["message"])
     elif status:
-        raise RuntimeError(f"the first process of this job ended with {status} and said nothing")
+        raise RuntimeError(f"the first process of this job ended with {status} and no message")
 
 
 def end(status: int) -> NoReturn:
-    """End the process with a status of ours, which is then not taken for one of Hydra's."""
+    """End the process with a status of this program, so that ``run`` does not replace it."""
     global _status_is_ours
     _status_is_ours = True
     sys.exit(status)
@@ -184,7 +187,8 @@ def end(status: int) -> NoReturn:
 def run(main: Callable[[], None]) -> None:
     """Call the function that ``hydra.main`` made.
 
-    Gives what Hydra refuses the status 2, and an interrupted command 128 + the signal's number.
+    Replace the status of Hydra's own errors by 2, and the status of an interrupted command by 128 +
+    the number of the signal.
     """
     global _status_is_ours
     _status_is_ours = False
@@ -199,7 +203,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _copy_sources_once() -> None:
-    """Let Hydra's help copy its sources once, not for each of a hundred groups: seconds less."""
+    """Copy Hydra's config sources once for the help, not once for each group. It saves seconds."""
     copied = ConfigLoaderImpl._parse_overrides_and_create_caching_repo
     kept: dict[Any, Any] = {}
 
@@ -213,17 +217,18 @@ def _copy_sources_once() -> None:
 
 
 def _run(main: Callable[[], None]) -> None:
-    if {"--help", "-h"} & set(sys.argv):  # prints and ends
+    if {"--help", "-h"} & set(sys.argv):  # Hydra prints the help and ends
         _copy_sources_once()
     try:
         main()
     except SystemExit as exit_:
         if exit_.code and not _status_is_ours and not interrupt.was_received():
-            # Hydra ends the process where it handles the exception, and names what it looked for
+            # Hydra ends the process in its exception handler, and the exception names the missing
+            # file.
             extra = _EXTRAS.get(getattr(exit_.__context__, "missing_cfg_file", None) or "")
             if extra:
                 print(
-                    f"That needs a plugin of Hydra: pip install 'lightning_qat[{extra}]'.",
+                    f"This needs a plugin of Hydra: pip install 'lightning_qat[{extra}]'.",
                     file=sys.stderr,
                 )
             sys.exit(USERS_MISTAKE)
@@ -231,7 +236,7 @@ def _run(main: Callable[[], None]) -> None:
 
 
 def users_mistake(error: BaseException | None) -> str | None:
-    """The message for the user where the cause is a mistake of theirs, else None."""
+    """Return the message for the user if the cause is the user's mistake, else None."""
     while error is not None:
         if isinstance(error, UserError | OmegaConfBaseException):
             return str(error)
@@ -241,7 +246,8 @@ def users_mistake(error: BaseException | None) -> str | None:
                 "Free some space there, or make it writable, and continue with resume=true and "
                 "hydra.run.dir=FOLDER; or name other places with output_dir=FOLDER, fp32_ckpt=FILE."
             )
-        if type(error).__name__ == "MisconfigurationException":  # Lightning's name for the same
+        # Lightning's exception for invalid values
+        if type(error).__name__ == "MisconfigurationException":
             return (
                 f"Lightning refuses this configuration: {error} See `python train.py --cfg job` "
                 "(with the same arguments); trainer=auto takes what this machine has."
@@ -250,7 +256,7 @@ def users_mistake(error: BaseException | None) -> str | None:
             if "unexpected keyword" in str(error):
                 return f"an override names something that does not exist: {error}"
             if "__init__() missing" in str(error):
-                return f"an override takes away something that is needed: {error}"
+                return f"an override removes something that is needed: {error}"
             if "full_key: trainer" in str(error) and not isinstance(error.__cause__, UserError):
                 task = HydraConfig.get().overrides.task
                 given = [x for x in task if x.lstrip("+~").startswith("trainer")]
@@ -258,28 +264,29 @@ def users_mistake(error: BaseException | None) -> str | None:
                     f"Lightning refuses a value of trainer.*: {error}\nYou set "
                     f"{' '.join(given) or 'none'}; trainer=auto takes what this machine has."
                 )
-        if str(error).startswith("You set `"):  # Lightning, about what torchrun or srun started
+        if str(error).startswith("You set `"):  # Lightning: torchrun or srun started another number
             return (
-                f"Lightning refuses the number of processes: {error} Set trainer.devices to that "
-                "of one machine, and trainer.num_nodes to that of machines."
+                f"Lightning refuses the number of processes: {error} Set trainer.devices to the "
+                "number on one machine, and trainer.num_nodes to the number of machines."
             )
         if "different number of parameter groups" in str(error):
             return (
-                "the checkpoint in ckpt_path is of an older version, which trained another way: "
-                "start again, from its weights if you like (model.weights=FILE)."
+                "the checkpoint in ckpt_path is from an older version, which trained in another "
+                "way: start again. You may start from its weights (model.weights=FILE)."
             )
         if "failed to create QNNPACK" in str(error):
             return (
-                "QNNPACK has no sum for these scales, which differ by 2^14 or more (2^8 the other "
-                "way): keep the branch that is nearly 0 in float with overrides, or use "
-                "qconfig=x86."
+                "QNNPACK cannot add these tensors, because their scales differ too much (by 2^14 "
+                "or more, or 2^8 the other way): keep the branch that is nearly 0 in float with "
+                "overrides, or use qconfig=x86."
             )
         if "Expected more than 1 value per channel" in str(error):
-            return "batch-norm cannot train on one image a step: raise data.batch_size."
+            return "batch-norm cannot train on one image per step: raise data.batch_size."
         if "Error(s) in loading state_dict" in str(error) and isinstance(error, RuntimeError):
             return (
-                f"the checkpoint in ckpt_path is of another run (another stage, model or class "
-                f"count): {str(error).splitlines()[0]} Name the last.ckpt of the run to continue."
+                "the checkpoint in ckpt_path belongs to another run (another stage, model or "
+                f"class count): {str(error).splitlines()[0]} Name the last.ckpt of the run to "
+                "continue."
             )
         error = error.__cause__
     return None

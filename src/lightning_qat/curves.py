@@ -1,4 +1,4 @@
-"""The curves of a run, which go on where it is resumed."""
+"""Continue the curves of a resumed run."""
 
 import csv
 import warnings
@@ -16,13 +16,13 @@ _KEPT = "before_the_break.csv"
 
 
 class CurvesLogger(CSVLogger):
-    """A CSVLogger that begins with the rows of before the break.
+    """A CSVLogger that keeps the rows from before the break.
 
-    Lightning's deletes the file that lies in the folder, also where it is that of the same run.
+    Lightning's CSVLogger deletes an existing file in the folder, even if the same run wrote it.
 
     Args:
-        resumed_from: `last.ckpt` in `checkpoints/`, which lies beside `csv/`; None = a new run.
-        arguments: those of CSVLogger.
+        resumed_from: `last.ckpt` in `checkpoints/`, the folder beside `csv/`. None = a new run.
+        arguments: arguments of CSVLogger.
     """
 
     def __init__(self, resumed_from: str | None, **arguments: Any) -> None:
@@ -32,16 +32,16 @@ class CurvesLogger(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
-        """What writes the file."""
+        """Return the writer of the file."""
         if self._experiment is not None or self._resumed_from is None:
             return super().experiment
         checkpoint = Path(self._resumed_from)
         rows = _rows_before(checkpoint)
         own, kept = Path(self.log_dir) / _FILE, Path(self.log_dir) / _KEPT
         if own.exists() and not kept.exists():
-            own.replace(kept)  # so that the rows are somewhere at any moment
+            own.replace(kept)  # the rows stay on the disk at every moment
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the file will be deleted
+            warnings.simplefilter("ignore")  # Lightning warns that it will delete the file
             writer = super().experiment
         writer.metrics.extend(rows)
         writer.save()
@@ -54,13 +54,13 @@ def _rows_before(checkpoint: Path) -> list[dict[str, Any]]:
     file = next((folder / name for name in (_KEPT, _FILE) if (folder / name).exists()), None)
     if file is None:
         return []
-    steps = read_checkpoint(checkpoint, "name another one.")["global_step"]
+    steps = read_checkpoint(checkpoint, "name another checkpoint.")["global_step"]
     text = file.read_text()
-    whole_lines = text[: text.rfind("\n") + 1]  # the run may have been killed while it wrote one
+    whole_lines = text[: text.rfind("\n") + 1]  # a killed run may leave half a line
     rows = [
         row
         for row in csv.DictReader(whole_lines.splitlines())
-        # None: more columns than names, which an interrupted run had no time to write
+        # None = more columns than names: an interrupted run did not write the new names.
         if None not in row and row.get("step") and int(row["step"]) < steps
     ]
     return [{name: value for name, value in row.items() if value} for row in rows]

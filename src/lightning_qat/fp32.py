@@ -1,4 +1,4 @@
-"""What a finished ``stage=fp32`` leaves for the stages after it."""
+"""Write the weights that ``stage=fp32`` makes for the next stages."""
 
 import copy
 import os
@@ -13,13 +13,13 @@ from lightning_qat.quantization.checkpoints import best_file, load_best
 
 
 class LeaveFloatWeights(pl.Callback):
-    """Keeps the best weights, or the last where nothing is monitored, when ``fit`` ends.
+    """Keep the best weights when ``fit`` ends, or the last weights if nothing is monitored.
 
     Args:
         path: the checkpoint that ``stage=ptq`` and ``stage=qat`` start from.
 
     Attributes:
-        networks: after ``fit``, ``net`` as ``"fp32"``, on the CPU, in eval mode.
+        networks: after ``fit``, ``net`` under the name ``"fp32"``, on the CPU, in eval mode.
     """
 
     def __init__(self, path: str) -> None:
@@ -27,10 +27,10 @@ class LeaveFloatWeights(pl.Callback):
         self.networks: dict[str, nn.Module] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find out before the training whether its result can be written.
+        """Check before the training that the file can be written.
 
         Raises:
-            UserError: it cannot, or would replace something else.
+            UserError: the file cannot be written, or another file would be replaced.
         """
         folder = self.path.parent
         try:

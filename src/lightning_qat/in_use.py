@@ -1,4 +1,4 @@
-"""One process at a time in a folder: locks that end with their process, even where it is killed."""
+"""Let one process at a time use a folder. A lock ends when its process ends or is killed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,18 +9,19 @@ from lightning_qat.atomic import remove_partials
 from lightning_qat.errors import UserError
 
 _LOCK_FILE = ".lock"
-_PATIENCE = 1  # seconds; who looks whether a folder is in use holds its lock for a moment
-_ROOM = 1 << 16  # bytes that Hydra writes before a job begins, with a traceback where it cannot
+_PATIENCE = 1  # seconds: a process that checks a folder holds its lock for a moment
+_ROOM = 1 << 16  # bytes: space for the files that Hydra writes before a job begins
 
 
 @contextmanager
 def exclusive(lock_file: Path, timeout: float = -1) -> Iterator[None]:
-    """Hold the lock of this file, which stays: who waits for it would hold a removed one's.
+    """Hold the lock of this file. Never delete the file, because a waiting process has it open.
 
     Raises:
-        filelock.Timeout: another process has held it for ``timeout`` seconds; -1 waits for ever.
+        filelock.Timeout: another process has held the lock for ``timeout`` seconds. -1 waits for
+            ever.
     """
-    from filelock import FileLock  # --help shall not wait for it
+    from filelock import FileLock  # a late import, because --help does not need it
 
     with FileLock(lock_file).acquire(timeout=timeout):
         yield
@@ -28,11 +29,11 @@ def exclusive(lock_file: Path, timeout: float = -1) -> Iterator[None]:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other runs and sweeps out of the folder, and clear away what killed ones have left.
+    """Lock the folder against other runs and sweeps, and delete the leftovers of killed runs.
 
     Raises:
-        UserError: another one is at work there.
-        OSError: nothing can be written there.
+        UserError: another run or sweep is using the folder.
+        OSError: the folder cannot be written.
     """
     from filelock import Timeout
 
@@ -53,7 +54,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def is_in_use(folder: Path) -> bool:
-    """Whether a run or sweep is at work in the folder."""
+    """Return True if a run or sweep is using the folder."""
     from filelock import Timeout
 
     if not (folder / _LOCK_FILE).exists():
@@ -63,13 +64,13 @@ def is_in_use(folder: Path) -> bool:
             return False
     except Timeout:
         return True
-    except OSError:  # read-only: nobody is at work there
+    except OSError:  # a read-only folder: no process writes there
         return False
 
 
 def refusal(folder: Path) -> str:
-    """What is said to whoever comes second."""
+    """Return the message for the second process that asks for the folder."""
     return (
-        f"another process is at work in {folder}, which this one would get in the way of: wait for "
-        "it, or name another folder with hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER for a sweep)."
+        f"another process is at work in {folder}, and this process would disturb it: wait for it, "
+        "or name another folder with hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER for a sweep)."
     )

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the command ends at once, keeps what is saved, and says how to go on."""
+"""End the command at once on Ctrl-C and SIGTERM, and print how to continue it."""
 
 import shlex
 import signal
@@ -17,9 +17,9 @@ _jobs_run_on = False
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """While the block runs, both signals raise KeyboardInterrupt in it.
+    """Raise KeyboardInterrupt on both signals while the block runs.
 
-    Lightning turns that into ``SystemExit(1)``, after it has put its own things in order.
+    Lightning turns it into ``SystemExit(1)`` after its own cleanup.
     """
     global _received, _command
     _received = _command = None
@@ -38,17 +38,17 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def was_received() -> bool:
-    """Whether the command has been interrupted, whatever became of the KeyboardInterrupt."""
+    """Return True if a signal has interrupted the command."""
     return _received is not None
 
 
 def resumable_with(argument: str, folder: str, launcher: str) -> None:
-    """From now on, the command can be continued in this folder, which the argument names."""
+    """Remember the command that continues this one. ``argument`` names its folder."""
     global _command, _jobs_run_on
-    _jobs_run_on = "submitit" in launcher  # only what the terminal sends reaches them, if that
+    _jobs_run_on = "submitit" in launcher  # such jobs may not receive the signals of the terminal
     ours = (f"{argument}=", "resume=")
     given = [x for x in sys.argv[1:] if not x.lstrip("+").startswith(ours)]
-    # argparse wants all overrides in one place: behind the last, whatever options come after it
+    # argparse requires all overrides in one place, so the new ones follow the last override.
     last = max((i for i, x in enumerate(given, 1) if "=" in x and x[0] != "-"), default=len(given))
     here = f"{argument}={quoted(folder)}"
     words = [*given[:last], here, "resume=true", *given[last:]]
@@ -56,13 +56,13 @@ def resumable_with(argument: str, folder: str, launcher: str) -> None:
 
 
 def tell() -> int:
-    """Say how to go on; gives the exit status."""
+    """Print how to continue the command, and return the exit status."""
     assert _received is not None
     for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # nothing is left to be interrupted
+        signal.signal(number, signal.SIG_IGN)  # nothing is left to interrupt
     if _command:
         name = "Ctrl-C" if _received == signal.SIGINT else signal.Signals(_received).name
-        jobs = " Jobs that submitit has started may run on: wait for them, or end them."
+        jobs = " Jobs that submitit started may continue to run: wait for them, or end them."
         print(
             f"\nInterrupted by {name}.{jobs * _jobs_run_on} This continues it:\n{_command}",
             file=sys.stderr,

@@ -15,37 +15,38 @@ from lightning_qat.errors import UserError, checked_bool, checked_float, checked
 from lightning_qat.quantization import learned_scales
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
-LOSS_CHECK_EVERY = 50  # steps: looking at the loss makes a GPU wait
+LOSS_CHECK_EVERY = 50  # steps: a GPU must wait when its loss is read
 
 
 class ImageClassifier(pl.LightningModule):
-    """Trains a network to classify images.
+    """Train a network to classify images.
 
     Args:
-        net: makes the network for ``num_classes``: normalized images N x 3 x H x W, float32 ->
-            logits N x ``num_classes``.
-        num_classes: how many classes.
-        class_names: by class index; weights that come trained must be of the same. None = any.
+        net: function that makes the network for ``num_classes``. The network turns normalized
+            images N x 3 x H x W, float32, into logits N x ``num_classes``.
+        num_classes: number of classes.
+        class_names: names in the order of the class indices. Trained weights must belong to the
+            same names. None = accept any names.
         mean, std: normalization of images in [0, 1], per channel.
-        learning_rate: of SGD, for one process; with the one-cycle schedule its peak. Each of N
-            processes takes a batch of its own, so that together they train with N times the rate
-            (Goyal et al., "Accurate, Large Minibatch SGD", 2017).
-        momentum, nesterov, weight_decay: of SGD.
-        decay_all: let weight decay act on biases and batch-norm, too, not on the weights of layers
-            only (He et al., "Bag of Tricks for Image Classification", 2018, section 3.1).
-        scale_learning_rate: of scales that fake-quantizers learn, as in LSQ, per process as well.
-            None = ten times ``learning_rate``, because a fine-tuning is short. No weight decay.
-        label_smoothing: share of the training target that all classes get alike (Szegedy et al.,
-            "Rethinking the Inception Architecture", 2015, section 7).
-        milestones: epochs that divide the learning rate by ten. None = one cycle (Smith and Topin,
-            "Super-Convergence", 2018), stepped every batch.
-        weights: checkpoint of this class, or state dict of ``net``, to start from.
-        weights_hint: what to do where there is no such file, for the error message.
-        starts_trained: ``weights`` must be there and of just this network, normalization, classes;
-            otherwise published weights for other classes will do.
-        distill: learn from what the network says that ``weights`` make, too: half of the loss is
-            the cross-entropy with its probabilities (Hinton et al., "Distilling the Knowledge in a
-            Neural Network", 2015, at temperature 1).
+        learning_rate: learning rate of SGD for one process; the peak rate of the one-cycle
+            schedule. Each of N processes takes its own batch, so together they train with N times
+            the rate (Goyal et al., "Accurate, Large Minibatch SGD", 2017).
+        momentum, nesterov, weight_decay: parameters of SGD.
+        decay_all: apply weight decay to biases and batch-norm as well. False = only to the weights
+            of layers (He et al., "Bag of Tricks for Image Classification", 2018, section 3.1).
+        scale_learning_rate: learning rate of learned scales (as in LSQ) for one process. None = ten
+            times ``learning_rate``, because fine-tuning is short. Scales have no weight decay.
+        label_smoothing: share of the training target that is divided equally among all classes
+            (Szegedy et al., "Rethinking the Inception Architecture", 2015, section 7).
+        milestones: epochs at which the learning rate is divided by ten. None = one cycle (Smith and
+            Topin, "Super-Convergence", 2018), updated after every batch.
+        weights: file to start from: a checkpoint of this class, or a state dict of ``net``.
+        weights_hint: advice for the error message if this file is missing.
+        starts_trained: require ``weights`` of the same network, normalization and classes. False =
+            published weights for other classes are accepted, too.
+        distill: also learn from the answers of the float network that ``weights`` hold. Half of the
+            loss is the cross-entropy with its probabilities (Hinton et al., "Distilling the
+            Knowledge in a Neural Network", 2015, at temperature 1).
         compile: mode of torch.compile for training steps, such as ``default`` or
             ``reduce-overhead`` (CUDA graphs). None = eager.
     """
@@ -98,8 +99,9 @@ class ImageClassifier(pl.LightningModule):
             ignore=["net", "weights", "weights_hint", "starts_trained", "distill", "compile"]
         )
         self._compile_mode = compile
-        self._compiled: list[Callable[[Tensor], Tensor]] = []  # a list: not one more submodule
-        # integer and float convolutions are both faster with channels last
+        # a list, so that it is not a submodule
+        self._compiled: list[Callable[[Tensor], Tensor]] = []
+        # Integer and float convolutions are both faster with channels last.
         self.net = net(num_classes=num_classes).to(memory_format=torch.channels_last)
         if weights is not None:
             hparams: dict[str, Any] = {"mean": mean, "std": std} if starts_trained else {}
@@ -109,70 +111,74 @@ class ImageClassifier(pl.LightningModule):
             load_weights(self.net, weights, "net", hparams, hint=weights_hint, new_head=new_head)
         elif starts_trained:
             raise UserError(
-                "this stage starts from trained weights: set fp32_ckpt to their file, or leave it "
-                "out for the one that stage=fp32 writes."
+                "this stage starts from trained weights, and there are none: set fp32_ckpt to "
+                "their file, or leave fp32_ckpt out to use the file that stage=fp32 writes."
             )
-        self._teacher: list[nn.Module] = []  # a list: neither trained nor saved
+        self._teacher: list[nn.Module] = []  # a list: the teacher is neither trained nor saved
         if distill:
             self._teacher.append(copy.deepcopy(self.net).requires_grad_(False).eval())
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.accuracy = nn.ModuleDict(
             {
-                # looking at the labels first would make a GPU wait
+                # A GPU must wait when the labels are checked first.
                 stage: MulticlassAccuracy(num_classes, average="micro", validate_args=False)
                 for stage in ("fit", "val", "test")  # a module cannot hold a child named "train"
             }
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images N x 3 x H x W, float32 in [0, 1] -> logits N x ``num_classes``."""
+        """Return logits N x ``num_classes`` for images N x 3 x H x W, float32 in [0, 1]."""
         net = self._compiled[0] if self._compiled and self.training else self.net
         return net((images - self.mean) / self.std)
 
     def on_fit_start(self) -> None:
-        """On a CPU gradients come contiguous: weights that are so, too, save a copy of each."""
+        """Move the teachers to the device, and make the weights contiguous on a CPU.
+
+        The gradients are contiguous on a CPU. Weights with the same layout save a copy of each
+        gradient.
+        """
         for teacher in self._teacher:
             teacher.to(self.device)
         if self.device.type == "cpu":
             self.net.to(memory_format=torch.contiguous_format)
 
     def on_train_start(self) -> None:
-        """A resumed one-cycle schedule has the length that it was planned with.
+        """Check that a resumed one-cycle schedule has its planned length.
 
         Raises:
-            UserError: this run is of another length.
+            UserError: this run has another length.
         """
-        self._compiled.clear()  # a fit that failed may have left some
+        self._compiled.clear()  # a fit that failed may have left a compiled network
         schedule = self.lr_schedulers()
         if isinstance(schedule, torch.optim.lr_scheduler.OneCycleLR):
             planned, now = schedule.total_steps, self._total_steps()
             if planned != now:
                 raise UserError(
-                    f"the run to continue was planned for {planned} steps of one cycle, this one "
-                    f"has {now}: give it the same trainer.max_epochs, data.batch_size, "
+                    f"the run to continue was planned for {planned} steps of one cycle, and this "
+                    f"run has {now}: set the same trainer.max_epochs, data.batch_size, "
                     "data.val_size and number of processes."
                 )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of a batch of (images, labels)."""
+        """Return the cross-entropy of a batch of (images, labels)."""
         loss = self._loss(batch, "train", self.accuracy["fit"])
         if batch_idx % LOSS_CHECK_EVERY == 0:
             self._refuse_divergence(loss)
         return loss
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Compile once the first step, which callbacks may look into, has run."""
+        """Compile the network after the first step, because callbacks may inspect that step."""
         if self._compile_mode is not None and not self._compiled:
             self._compiled.append(torch.compile(self.net, mode=self._compile_mode))
 
     def on_train_end(self) -> None:
-        """What is copied and converted now is the network itself, as it was made."""
+        """Remove the compiled network, so that callbacks copy and convert the original network."""
         self._compiled.clear()
         self.net.to(memory_format=torch.channels_last)
 
     def on_train_epoch_end(self) -> None:
-        """Before the checkpoint of the epoch is written."""
+        """Check the loss of the epoch. Lightning calls this before it writes the checkpoint."""
         self._refuse_divergence(self.trainer.callback_metrics["train/loss"])
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -184,7 +190,7 @@ class ImageClassifier(pl.LightningModule):
         self._loss(batch, "test", self.accuracy["test"])
 
     def configure_optimizers(self) -> Any:
-        """SGD over all parameters, in groups: weights, biases and batch-norm, learned scales."""
+        """Return SGD and its schedule, in groups: weights, biases and batch-norm, scales."""
         hparams = self.hparams
         learning_rate = hparams["learning_rate"] * self.trainer.world_size
         scales = learned_scales(self)
@@ -206,7 +212,7 @@ class ImageClassifier(pl.LightningModule):
             momentum=hparams["momentum"],
             nesterov=hparams["nesterov"],
             weight_decay=hparams["weight_decay"],
-            # in 16-mixed, a fused optimizer could not clip gradients
+            # A fused optimizer cannot clip gradients in 16-mixed.
             fused=(self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed")
             or None,
         )
@@ -246,7 +252,7 @@ class ImageClassifier(pl.LightningModule):
             loss = (loss + F.cross_entropy(logits, taught)) / 2
         accuracy(logits, labels)
         each_epoch: dict[str, Any] = {"on_step": False, "on_epoch": True}
-        # two numbers beside the progress bar: with four, an epoch fills five lines of 80 columns
+        # The progress bar shows two numbers. With four, an epoch fills five lines of 80 columns.
         self.log(f"{stage}/loss", loss, prog_bar=stage == "train", sync_dist=True, **each_epoch)
         self.log(f"{stage}/accuracy", accuracy, prog_bar=stage == "val", **each_epoch)
         return loss

@@ -1,4 +1,4 @@
-"""torchvision's ResNet18, unmodified but for the stem."""
+"""ResNet18 of torchvision, with a choice of the stem."""
 
 from typing import Literal
 
@@ -12,12 +12,14 @@ Stem = Literal["cifar", "imagenet"]
 
 
 def resnet18(num_classes: int, stem: Stem = "cifar") -> ResNet:
-    """ResNet18 (He et al., 2015) for N x 3 x H x W float images; gives N x ``num_classes`` logits.
+    """Return ResNet18 (He et al., 2015), which turns images into logits.
+
+    The network takes N x 3 x H x W float images and returns N x ``num_classes`` logits.
 
     Args:
         num_classes: width of the last layer.
         stem: ``imagenet`` is torchvision's 7x7 convolution with stride 2 and a max-pool, which
-            leaves 1 x 1 of a 32 x 32 image (37 M multiply-adds); ``cifar`` is a 3x3 convolution
+            reduces a 32 x 32 image to 1 x 1 (37 M multiply-adds). ``cifar`` is a 3x3 convolution
             with stride 1 and no pool, the usual choice for small images (556 M).
 
     Raises:

@@ -1,4 +1,4 @@
-"""The arguments of the command, as they were typed."""
+"""Read the arguments of the command as the user typed them."""
 
 import re
 
@@ -8,26 +8,26 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 HOW_IT_IS_RUN = ("resume", "launcher")
-"""Arguments of ours that say nothing about a job."""
+"""Arguments of this program that do not change the result of a job."""
 
 
 def as_typed(overrides: ListConfig | list[str]) -> list[str]:
-    """One of the lists in ``hydra.overrides``.
+    """Return a list of ``hydra.overrides`` as plain strings.
 
-    Its items have been parsed already: OmegaConf would interpolate a ``${seed}`` in them anew,
-    which has no such key where they stand.
+    Do not iterate over the ListConfig: OmegaConf would try to resolve a ``${seed}`` in an item, and
+    the key ``seed`` does not exist there.
     """
     typed = OmegaConf.to_container(overrides, resolve=False)
     return [str(override) for override in typed or ()]
 
 
 def of_the_job(overrides: list[str]) -> list[str]:
-    """Those that make the job what it is."""
+    """Return the overrides that change the result of the job."""
     return [x for x in overrides if x.lstrip("+").partition("=")[0] not in HOW_IT_IS_RUN]
 
 
 def of_a_sweep(config: DictConfig) -> list[Override]:
-    """Those of the sweeper's ``params`` and of the command, parsed, with their sweeps."""
+    """Return the parsed overrides of the sweeper's ``params`` and of the command."""
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     arguments = [f"{name}={value}" for name, value in params.items()]
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
@@ -35,11 +35,14 @@ def of_a_sweep(config: DictConfig) -> list[Override]:
 
 
 def quoted(path: str) -> str:
-    """A path as the value of an argument, in quotes where Hydra's grammar wants them.
+    """Return a path as the value of an argument, in quotes if Hydra's grammar requires them.
 
-    A backslash is one more only before a quote: Hydra takes others as they are.
+    Double a backslash only before a quote or at the end, because Hydra reads other backslashes as
+    they are.
     """
     if re.fullmatch(r"[\w./:@%+-]+", path, re.ASCII):
-        return path
+        value = OverridesParser.create().parse_override(f"x={path}").value()
+        if isinstance(value, str):  # `null`, `true` and `1e3` are none
+            return path
     escaped = re.sub(r'(\\*)("|\Z)', lambda x: 2 * x[1] + ('\\"' if x[2] else ""), path)
     return f'"{escaped}"'

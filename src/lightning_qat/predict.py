@@ -1,4 +1,4 @@
-"""``python -m lightning_qat.predict MODEL IMAGE...``: image files through an exported model."""
+"""``python -m lightning_qat.predict MODEL IMAGE...``: classify images with an exported model."""
 
 import argparse
 import io
@@ -14,19 +14,19 @@ from rich.text import Text
 
 from lightning_qat.errors import UserError
 
-if TYPE_CHECKING:  # torch takes seconds to import, which --help need not wait for
+if TYPE_CHECKING:  # the import of torch takes seconds, and --help does not need it
     from torch import Tensor
 
     from lightning_qat.deployment.description import Description
     from lightning_qat.deployment.runtimes import Runtime
 
-SHOWN = 3  # classes an image: more do not fit into 80 columns
-WIDEST_NAME, WIDEST_CLASS = 40, 20  # columns that shorter ones are filled up to
+SHOWN = 3  # classes per image: 80 columns have no space for more
+WIDEST_NAME, WIDEST_CLASS = 40, 20  # shorter names are padded to at most this many columns
 USERS_MISTAKE = 2
 
 EPILOG = """\
 Each image gives one line: its name, the most probable class, and the next two.
-On a terminal they stand in columns; elsewhere tabs separate them, and
+A terminal shows them in columns; elsewhere tabs separate them, and
 probabilities go from 0 to 1.
 
 An image may have any size: the largest square in its middle counts. It is
@@ -41,7 +41,7 @@ Example: python -m lightning_qat.predict model_int8.onnx photos/*.jpg
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; gives the exit status."""
+    """Run the command line, and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m lightning_qat.predict",
         description="Classify image files with an exported model.",
@@ -69,7 +69,7 @@ def _classify_all(runtime: "Runtime", paths: list[str]) -> int:
     name_width = min(max(cell_len(_printable(path)) for path in paths), WIDEST_NAME)
     class_width = min(max(cell_len(_printable(name)) for name in classes), WIDEST_CLASS)
     status = 0
-    for path in paths:  # one at a time: any number fits into memory, and each line comes at once
+    for path in paths:  # one at a time: memory stays small, and each line appears at once
         try:
             image = load_image(path, runtime.description)
         except UserError as error:
@@ -83,9 +83,9 @@ def _classify_all(runtime: "Runtime", paths: list[str]) -> int:
 
 
 def load_image(path: str | Path, description: "Description") -> "Tensor":
-    """An image file as a model takes it in: 1 x 3 x image_size x image_size, RGB.
+    """Read an image file as the input of a model: 1 x 3 x image_size x image_size, RGB.
 
-    Its 256 levels become those of the training images, of which ``max_value`` is the highest.
+    Round the 256 levels to the levels of the training images, from 0 to ``max_value``.
 
     Raises:
         UserError: the file cannot be read, is no image, is damaged or too large.
@@ -108,7 +108,7 @@ def _probabilities(runtime: "Runtime", image: "Tensor") -> "Tensor":
     try:
         logits = runtime(image)
         return logits.softmax(1).view(len(runtime.description.classes))
-    except Exception as error:  # each runtime has its own for an input that it does not take
+    except Exception as error:  # each runtime raises its own error for invalid input
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"the model does not fit its own description ({reason}): it has been changed since its "
@@ -132,13 +132,13 @@ def _show(
 
 
 def _printable(text: str) -> str:
-    """``text``, or what a Python string shows where it would move the cursor or break the line."""
+    """Return ``text``, or its ``repr`` if it holds characters that move the cursor."""
     return text if text.isprintable() else repr(text)
 
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, without a traceback
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # letters that its encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that the encoding lacks
     sys.exit(main())

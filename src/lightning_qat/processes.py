@@ -1,10 +1,11 @@
-"""A job on several devices: who starts its processes, and what each of them has to know.
+"""Run a job on several devices: start its processes, and let one of them report.
 
-torchrun and srun start all of them, each with the whole command line. Where neither did, Lightning
-starts the others by running the command line again: in a multirun, each would run the whole sweep.
-Where one of them fails it kills the first, which would be the sweep, and its port stays in the
-environment of the next job. So the process that Hydra has started runs the job as a command of its
-own, a single run into the folder that is there already, and Lightning starts the others from that.
+torchrun and srun start all processes, each with the whole command line. Without them, Lightning
+starts the other processes and runs the command line again. In a multirun, each process would then
+run the whole sweep. If one of them fails, Lightning kills the first process, which would be the
+sweep. Its port also stays in the environment of the next job. So the process that Hydra started
+runs the job as a command of its own: a single run in the existing folder. Lightning starts the
+other processes from that command.
 """
 
 import logging
@@ -23,16 +24,16 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_qat.errors import UserError
 from lightning_qat.overrides import as_typed, quoted
 
-FIRST_SPEAKS_WITHIN = 10  # seconds, by which processes started together may be apart
+FIRST_SPEAKS_WITHIN = 10  # seconds: the greatest difference between the starts of the processes
 _WATCHED = "LIGHTNING_QAT_WATCHED"
 _OPTIONS = {"main": "--config-path", "command-line": "--config-dir"}
 
 
 def launched() -> tuple[int, int]:
-    """Rank and number of the processes that torchrun or srun started; (0, 1) if this is alone.
+    """Return the rank and the number of processes that torchrun or srun started, else (0, 1).
 
-    They are told by what Lightning's TorchElasticEnvironment and SLURMEnvironment look at, which
-    would import torch.
+    Read the variables that Lightning's TorchElasticEnvironment and SLURMEnvironment read. Those
+    classes would import torch.
     """
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
@@ -43,25 +44,25 @@ def launched() -> tuple[int, int]:
 
 
 def rank() -> int:
-    """Of this process among those of its job, as far as it is known before Lightning's setup."""
+    """Return the rank of this process in its job, as far as known before Lightning's setup."""
     return int(os.environ.get("LOCAL_RANK", "0")) if is_watched() else launched()[0]
 
 
 def refused(config: DictConfig) -> str | None:
-    """Why this command cannot run in the processes that there are, and what to do."""
+    """Return why this command cannot run in the present processes and what to do, or None."""
     _, count = launched()
     if count == 1:
         return None
     if config.hydra.mode == RunMode.MULTIRUN:
         return (
-            f"a sweep starts the processes of each job itself, and here are {count} that torchrun "
-            "or srun has started: leave torchrun or srun out, or leave -m out."
+            f"a sweep starts the processes of each job itself, but torchrun or srun has started "
+            f"{count} processes: leave torchrun or srun out, or leave -m out."
         )
     if not _several(config):
         return (
             f"torchrun or srun has started {count} processes, and this configuration is for one: "
             "add trainer=ddp (without GPUs: trainer=ddp_cpu), or start one process only. (In a "
-            "SLURM job of several tasks, one process without srun counts as all: srun -n1.)"
+            "SLURM job with several tasks, start one process with srun -n1.)"
         )
     if "${now:" in OmegaConf.to_yaml(config.hydra.run):
         return (
@@ -72,16 +73,16 @@ def refused(config: DictConfig) -> str | None:
 
 
 def wanted(cfg: DictConfig) -> bool:
-    """Whether the job is to run in processes of its own, and this is not one of them.
+    """Return True if the job must start its own processes, and this is not one of them.
 
     Raises:
-        UserError: they are to be on several machines, and this command is alone.
+        UserError: the job is for several machines, but the command was started on one machine.
     """
     if is_watched() or launched()[1] > 1:
         return False
     if OmegaConf.select(cfg, "trainer.num_nodes") not in (None, 1):
         raise UserError(
-            f"trainer.num_nodes={cfg.trainer.num_nodes}, and this command has been started on one "
+            f"trainer.num_nodes={cfg.trainer.num_nodes}, but this command was started on one "
             "machine only: start it with srun, or with torchrun on each machine."
         )
     return _several(cfg)
@@ -93,16 +94,16 @@ def _several(cfg: DictConfig) -> bool:
 
 
 def is_watched() -> bool:
-    """Whether another process waits for this job, and says what went wrong in it."""
+    """Return True if another process waits for this job and reports its errors."""
     return _WATCHED in os.environ
 
 
 def run(hydra: HydraConf, script: Path) -> int:
-    """Run this one job in its own processes; gives the exit status of the first of them.
+    """Run this job in its own processes, and return the exit status of the first one.
 
     Args:
-        hydra: its configuration.
-        script: the absolute path of what the user has started.
+        hydra: configuration of the job.
+        script: absolute path of the script that the user started.
     """
     sources = [source for source in hydra.runtime.config_sources if source.provider in _OPTIONS]
     overrides = [*as_typed(hydra.overrides.hydra), *as_typed(hydra.overrides.task)]
@@ -116,9 +117,9 @@ def run(hydra: HydraConf, script: Path) -> int:
         "hydra.output_subdir=null",  # it is written already
     ]
     environment = os.environ | {_WATCHED: "1"}
-    # Lightning would take the one task of a SLURM job for all the processes that there will be
+    # Otherwise Lightning would take the single SLURM task for all the processes of the job.
     environment.pop("SLURM_NTASKS", None)
-    # leaving the block closes the pipe, also where this process is killed: see `begin`
+    # The end of the block closes the pipe, even if this process is killed: see `begin`.
     with subprocess.Popen(
         command, cwd=get_original_cwd(), env=environment, stdin=subprocess.PIPE
     ) as first:
@@ -126,7 +127,7 @@ def run(hydra: HydraConf, script: Path) -> int:
 
 
 def begin() -> None:
-    """Let the first process speak for all, and none outlive the one that watches it."""
+    """Silence all processes but the first. End a process when the process watching it ends."""
     if rank() > 0:
         logging.disable(logging.WARNING)  # the first process says the same
     if is_watched():
@@ -134,11 +135,11 @@ def begin() -> None:
 
 
 def let_the_first_speak() -> None:
-    """Where this process has failed: most mistakes are common to all, and one tells of them."""
+    """Wait before this process reports an error. The first process often has the same error."""
     if not is_watched() and rank() > 0:
-        time.sleep(FIRST_SPEAKS_WITHIN)  # torchrun ends this one when the first has failed, too
+        time.sleep(FIRST_SPEAKS_WITHIN)  # torchrun ends this process when the first has failed, too
 
 
 def _end_at_end_of_file() -> None:
-    os.read(0, 1)  # not sys.stdin, whose lock Python wants when it shuts down
+    os.read(0, 1)  # not sys.stdin: Python needs its lock at shutdown
     os._exit(1)

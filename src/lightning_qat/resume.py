@@ -1,11 +1,13 @@
-"""resume=true: what there is left to do of a sweep, or of a run, that was broken off.
+"""resume=true: find the unfinished part of an interrupted run or sweep.
 
-What lies in a folder is told by what is written whole or not at all: metrics.json names the command
-of a finished run, each checkpoint the arguments that made it, arguments.json those of a sweep. Not
-by .hydra/, which Hydra has written anew when a job is called. A job is looked at where it runs,
-which any launcher may have on another machine.
+Three kinds of files, each written completely or not at all, say what a folder holds: metrics.json
+names the command of a finished run, each checkpoint holds the arguments that made it, and
+arguments.json holds the arguments of a sweep. The folder .hydra/ is not used, because Hydra writes
+it again whenever it calls a job. Each job is checked where it runs, because a launcher may start it
+on another machine.
 
-Where there is nothing to resume the job starts, so that a script can always say resume=true.
+If there is nothing to resume, the job starts from the beginning. So a script can always use
+resume=true.
 """
 
 import json
@@ -27,7 +29,7 @@ from lightning_qat.overrides import as_typed, of_a_sweep, of_the_job
 SWEEP_FILE = "arguments.json"
 FAILURE_FILE = "failure.json"
 
-# The arguments of Hydra's that make another sweep; the others say how it is run, and may differ.
+# Hydra arguments that change the sweep. All other Hydra arguments may differ on a resume.
 _OF_THE_SWEEP = (
     "hydra/sweeper",
     "hydra.sweeper.params",
@@ -41,7 +43,7 @@ Arguments = dict[str, str]
 
 
 def refused_run(config: DictConfig) -> str | None:
-    """Why this single run cannot be resumed, and what to do."""
+    """Return why this single run cannot start or resume and what to do, or None."""
     message = _not_a_switch(config)
     if message or processes.is_watched():
         return message
@@ -60,7 +62,7 @@ def refused_run(config: DictConfig) -> str | None:
 
 
 def refused_sweep(config: DictConfig) -> str | None:
-    """Why this sweep cannot start, or not in its folder, and what to do."""
+    """Return why this sweep cannot start in its folder and what to do, or None."""
     folder = Path(config.hydra.sweep.dir)
     message = _not_a_switch(config) or _empty(config)
     if message:
@@ -70,7 +72,7 @@ def refused_sweep(config: DictConfig) -> str | None:
     if config.hydra.output_subdir != ".hydra":
         return (
             f"hydra.output_subdir={config.hydra.output_subdir} is not permitted in a sweep: its "
-            "report and resume=true know its jobs by .hydra/. Leave it out."
+            "report and resume=true know its jobs by .hydra/. Leave this argument out."
         )
     if any(in_use.is_in_use(place) for place in (folder, *folder.glob("*/"))):
         return in_use.refusal(folder)
@@ -84,10 +86,10 @@ def refused_sweep(config: DictConfig) -> str | None:
     then, now = _read(folder / SWEEP_FILE), _sweep_arguments(config)
     if then is None:
         return (
-            f"{folder} holds jobs but no {SWEEP_FILE}, so they are not of one sweep, or of one of "
-            "an older version, which cannot be resumed: name another folder."
+            f"{folder} holds jobs but no {SWEEP_FILE}: they do not belong to one sweep, or an "
+            "older version made them. They cannot be resumed: name another folder."
         )
-    if list(then.items()) != list(now.items()):  # their order numbers the jobs
+    if list(then.items()) != list(now.items()):  # the order of the arguments numbers the jobs
         return (
             f"{folder} holds another sweep: {difference(then, now)}. Resume it with the same "
             "arguments, or name another folder with hydra.sweep.dir=FOLDER."
@@ -96,13 +98,13 @@ def refused_sweep(config: DictConfig) -> str | None:
 
 
 def record_sweep(config: DictConfig) -> None:
-    """Leave in the sweep's folder which sweep it is."""
+    """Write the arguments of the sweep to its folder."""
     with atomic_path(Path(config.hydra.sweep.dir) / SWEEP_FILE) as partial:
         partial.write_text(json.dumps(_sweep_arguments(config), indent=2) + "\n")
 
 
 def is_finished(folder: Path, overrides: Iterable[str]) -> bool:
-    """Whether this job has been done in this folder, to the end."""
+    """Return True if this job is finished in this folder."""
     return (
         _finished_with(folder) == arguments(overrides)
         and (folder / "report.html").is_file()  # the last file of a run
@@ -111,27 +113,28 @@ def is_finished(folder: Path, overrides: Iterable[str]) -> bool:
 
 
 def refuse_shared_folder(cfg: DictConfig, hydra: HydraConf) -> None:
-    """Check that each job of a sweep has a folder to itself, directly in that of the sweep.
+    """Check that each job of a sweep has its own folder, directly in the folder of the sweep.
 
     Raises:
-        UserError: another job of this sweep has used the folder, or it lies elsewhere.
+        UserError: another job of this sweep has used the folder, or the folder is elsewhere.
     """
     if hydra.mode != RunMode.MULTIRUN:
         return
     folder, overrides = Path(hydra.runtime.output_dir), as_typed(hydra.overrides.task)
     if folder.resolve().parent != Path(hydra.sweep.dir).resolve():
         raise UserError(
-            f"hydra.sweep.subdir={hydra.sweep.subdir} is no name of one folder, such as "
-            "${hydra.job.num}: reports and resume=true look for jobs directly in the sweep's."
+            f"hydra.sweep.subdir={hydra.sweep.subdir} is not the name of one folder: reports and "
+            "resume=true find only jobs directly in the folder of the sweep. Use a name such as "
+            "${hydra.job.num}."
         )
     done, now = _finished_with(folder), arguments(overrides)
-    if cfg.resume and done not in (None, now):  # what the sweeper of a search suggests may change
+    if cfg.resume and done not in (None, now):  # a search may suggest other values than before
         raise UserError(
             f"{folder} holds the results of another job: {difference(done or {}, now)}. The "
-            "search takes another course than before, as it does where a job that failed now ends "
-            "well. Start it again in another folder, hydra.sweep.dir=FOLDER."
+            "search suggests other values than before, for example because a job that failed now "
+            "succeeds. Start it again in another folder, hydra.sweep.dir=FOLDER."
         )
-    if not cfg.resume:  # the sweep's folder was empty when it started
+    if not cfg.resume:  # the folder of the sweep was empty at its start
         try:
             refuse_another_job(folder, overrides)
         except UserError as error:
@@ -142,12 +145,12 @@ def refuse_shared_folder(cfg: DictConfig, hydra: HydraConf) -> None:
 
 
 def prepare(cfg: DictConfig, hydra: HydraConf) -> None:
-    """Let the job go on from its own checkpoint, if it may and there is one."""
+    """Continue the job from its own last checkpoint if resume=true and the arguments match."""
     if not cfg.resume:
         return
     folder, overrides = Path(hydra.runtime.output_dir), as_typed(hydra.overrides.task)
     last = folder / "checkpoints" / "last.ckpt"
-    try:  # also where it began from another's: its own is later
+    try:  # its own checkpoint is newer than one that the user named
         if _trained_with(last) == arguments(overrides):
             log.info("goes on from %s", last)
             cfg.ckpt_path = str(last)
@@ -156,10 +159,10 @@ def prepare(cfg: DictConfig, hydra: HydraConf) -> None:
 
 
 def refuse_another_job(folder: Path, overrides: Iterable[str]) -> None:
-    """Check that what lies in the folder, if anything, was made with these arguments.
+    """Check that the content of the folder, if any, was made with these arguments.
 
     Raises:
-        UserError: it was made with other ones.
+        UserError: the folder holds a run with other arguments.
     """
     try:
         trained = _trained_with(folder / "checkpoints" / "last.ckpt")
@@ -192,16 +195,16 @@ def _sweep_arguments(config: DictConfig) -> Arguments:
 
 
 def arguments(overrides: Iterable[str]) -> Arguments:
-    """Value by name, of all that says something about the job."""
+    """Return the values by name of all arguments that change the result of the job."""
     pairs = (override.partition("=") for override in of_the_job(list(overrides)))
     return {name: value for name, _, value in pairs}
 
 
 def difference(then: Arguments, now: Arguments) -> str:
-    """The arguments that differ, in words."""
+    """Describe in words the arguments that differ."""
     names = [name for name in then | now if then.get(name) != now.get(name)]
     if not names:
-        return "the same arguments in another order, which numbers its jobs"
+        return "the same arguments in another order, and the order numbers the jobs"
     old, new = (
         " ".join(f"{name}={args[name]}" for name in names if name in args) or "none of it"
         for args in (then, now)
@@ -217,7 +220,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _overwrites(config: DictConfig, folder: Path) -> str | None:
-    """Why a run that does not resume must not begin here; a ptq that was broken off may."""
+    """Return why a new run must not start in this folder, or None. An interrupted ptq may start."""
     done, now = _finished_with(folder), arguments(as_typed(config.hydra.overrides.task))
     checkpoints = folder / "checkpoints"
     goes_on = config.ckpt_path and Path(str(config.ckpt_path)).parent.resolve() == (
@@ -253,11 +256,11 @@ def _nowhere(argument: str, what: str) -> str:
 
 
 def _empty(config: DictConfig) -> str | None:
-    """Name the argument of a sweep that has no value: there would be no job, and no error."""
+    """Return an error if a sweep argument has no value: Hydra would silently run no job."""
     for override in of_a_sweep(config):
         if override.is_discrete_sweep() and next(override.sweep_string_iterator(), None) is None:
             return (
-                f"{override.input_line} stands for no value at all, so this sweep has no job: name "
-                "values that there are (python train.py --help shows the choices)."
+                f"{override.input_line} matches no value, so this sweep has no job: name values "
+                "that exist (python train.py --help shows the choices)."
             )
     return None

@@ -1,8 +1,8 @@
-"""A multirun that searches, as Optuna's sweeper does: each job is to give a number to maximise.
+"""Give a search, such as Optuna's sweeper, the number to maximize.
 
-It is the INT8 model's accuracy on the validation images. Sweepers take None for an error, and end
-without a report where all jobs give one; so a failed job gives the worst accuracy there is, which
-also leads the search away from it. The report calls it failed, whatever the search was told.
+The number is the accuracy of the INT8 model on the validation images. Sweepers take None for an
+error, and stop without a report if all jobs return None. So a failed job returns the worst
+accuracy, which also leads the search to other values. The report still marks the job as failed.
 """
 
 from hydra.conf import HydraConf
@@ -15,15 +15,15 @@ WORST = 0.0
 
 
 def is_one(hydra: HydraConf) -> bool:
-    """Whether a job belongs to a search: Hydra's own sweeper just takes all values in turn."""
+    """Return True if the job is part of a search. BasicSweeper only takes all values in turn."""
     return hydra.mode == RunMode.MULTIRUN and not hydra.sweeper._target_.endswith(".BasicSweeper")
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse a job that will have no such number, before it trains.
+    """Refuse a job that cannot return this number, before it trains.
 
     Raises:
-        UserError: it validates nothing, or makes no INT8 model.
+        UserError: the job has no validation images, or makes no INT8 model.
     """
     if not OmegaConf.select(cfg, "data.val_size"):
         raise UserError(

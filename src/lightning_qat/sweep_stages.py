@@ -1,10 +1,10 @@
-"""A sweep that runs stage=fp32 and the stages that start from what it leaves in ``fp32_ckpt``."""
+"""Check a sweep that runs stage=fp32 together with stages that start from its ``fp32_ckpt``."""
 
 from omegaconf import DictConfig
 
 from lightning_qat.overrides import of_a_sweep
 
-# FP32 training looks at none of these; the first four name its file.
+# FP32 training does not depend on these. The first four are part of the name of its file.
 _OF_NO_WEIGHTS = (
     *("seed", "data", "model", "output_dir"),
     *("qconfig", "overrides", "only", "distill", "allow_saturation"),
@@ -14,7 +14,7 @@ _BELOW = ("qconfig.", "recipe.qat.", "budget.")
 
 
 def refused(config: DictConfig) -> str | None:
-    """Why jobs of this sweep could start from the weights of another job, and what to do."""
+    """Return why jobs of this sweep could use the wrong weights and what to do, or None."""
     swept = {
         override.get_key_element().lstrip("+"): list(override.sweep_string_iterator())
         for override in of_a_sweep(config)
@@ -24,11 +24,11 @@ def refused(config: DictConfig) -> str | None:
     if "fp32" not in stages or set(stages) == {"fp32"}:
         return None
     if stages[0] != "fp32":
-        return f"stage={','.join(stages)}: the others start from what fp32 leaves: put it first."
+        return f"stage={','.join(stages)}: the others start from the weights of fp32: put it first."
     if not config.hydra.launcher._target_.endswith(".BasicLauncher"):
         return (
-            "this launcher runs jobs at the same time, and the other stages start from what "
-            "stage=fp32 leaves: run -m stage=fp32 first, and then the others with this launcher."
+            "this launcher runs jobs at the same time, but the other stages start from the weights "
+            "of stage=fp32: run -m stage=fp32 first, and then the others with this launcher."
         )
     given = {override.get_key_element().lstrip("+") for override in of_a_sweep(config)}
     trains = [x for x in swept if x not in _OF_NO_WEIGHTS and not x.startswith(_BELOW)]
@@ -37,8 +37,8 @@ def refused(config: DictConfig) -> str | None:
             f"${{{x}}}" if "." in x else f"${{hydra:runtime.choices.{x}}}" for x in trains
         )
         return (
-            f"the stage=fp32 of each value of {', '.join(trains)} would leave its weights in the "
-            "same file, and the others would start from the last: give each a file of its own, "
-            f"'fp32_ckpt=${{output_dir}}/fp32/{values}.ckpt'."
+            f"stage=fp32 would write its weights to the same file for each value of "
+            f"{', '.join(trains)}, and the other stages would start from the last weights: give "
+            f"each value its own file, 'fp32_ckpt=${{output_dir}}/fp32/{values}.ckpt'."
         )
     return None

@@ -1,7 +1,8 @@
-"""What may be made of a configuration that a run has left: what conf/ or the command names.
+"""Check the classes and functions that a configuration file of a run names.
 
-A command line is the user's own. A file that lies in a run's folder may be anybody's, and Hydra
-calls whatever its ``_target_`` names.
+Hydra calls every ``_target_`` of a configuration. The user wrote the command line, but anybody may
+have written a file in the folder of a run. So such a file may name only the targets that conf/ or
+the command names.
 """
 
 import re
@@ -19,12 +20,12 @@ _NETWORK = "lightning_qat.network.resnet18"
 
 
 def named_in(folder: Path) -> set[str]:
-    """Every ``_target_`` of the configuration files below ``folder``."""
+    """Return every ``_target_`` of the configuration files below ``folder``."""
     return {name for file in folder.rglob("*.yaml") for name in _TARGET.findall(file.read_text())}
 
 
 def named_by(config: DictConfig) -> set[str]:
-    """Every ``_target_`` that a command and the configuration files it is composed of name."""
+    """Return every ``_target_`` that a command and its configuration files name."""
     names = {_NETWORK}
     for source in OmegaConf.select(config, "hydra.runtime.config_sources") or ():
         if source.provider in ("main", "command-line"):
@@ -35,28 +36,28 @@ def named_by(config: DictConfig) -> set[str]:
 
 
 def checked(config: Any, known: Collection[str], file: Path) -> DictConfig:
-    """A copy of ``config`` without interpolations, to instantiate.
+    """Return a copy of ``config`` without interpolations, which is safe to instantiate.
 
     Args:
-        config: a part of what ``file`` holds.
-        known: what it may name as ``_target_``.
+        config: a part of the content of ``file``.
+        known: the names that are allowed as ``_target_``.
 
     Raises:
-        UserError: it names something else.
+        UserError: ``config`` names another target.
     """
     plain: Any = OmegaConf.to_container(config, resolve=True)
     for name in _targets(plain):
         if name not in known:
             raise UserError(
-                f"{file} names {name!r} as something to call, which neither conf/ nor this command "
-                "does, and what lies in a run's folder is not trusted: name it in conf/ if it is "
-                "yours, or delete this folder."
+                f"{file} names {name!r} as something to call, but neither conf/ nor this command "
+                "names it, and the content of a run's folder is not trusted: name it in conf/ "
+                "if it is yours, or delete this folder."
             )
     return OmegaConf.create(plain)
 
 
 def _targets(plain: Any) -> Iterator[str]:
-    if isinstance(plain, str) and "${" in plain:  # would be resolved after it has been checked
+    if isinstance(plain, str) and "${" in plain:  # Hydra would resolve it after the check
         yield plain
     elif isinstance(plain, dict):
         if "_target_" in plain:

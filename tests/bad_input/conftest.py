@@ -1,4 +1,4 @@
-"""What all bad inputs have in common: status 2, one message that says it, nothing changed."""
+"""All bad inputs give status 2 and one message, and change no files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ QUICK = ("data=digits", "trainer=cpu", "trainer.max_epochs=1", "trainer.limit_tr
 
 
 def state(folder: Path) -> dict[Path, tuple[int, int, int]]:
-    """Which files there are and when each was written, but for the logs of failed runs."""
+    """Return the existing files and their times of writing, without the logs of failed runs."""
     stats = {
         path: path.lstat()
         for path in folder.rglob("*")
@@ -23,7 +23,7 @@ def state(folder: Path) -> dict[Path, tuple[int, int, int]]:
 
 @pytest.fixture
 def refused(train: Train, tmp_path: Path) -> Refused:
-    """Run train.py with what it has to refuse; gives what it printed."""
+    """Run train.py with arguments that it must refuse; return its printed output."""
 
     def check(*args: str, words: list[str], unchanged: Path = tmp_path) -> str:
         before = state(unchanged)

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, hostile or of something else are named; nothing in them runs."""
+"""A damaged, hostile or wrong checkpoint is named in the message, and none of its code runs."""
 
 import io
 import os
@@ -22,7 +22,7 @@ Make = Callable[[Path, Path], Any]
 
 
 class Hostile:
-    """Its pickle makes a file when it is read."""
+    """An object whose pickle makes a file when it is read."""
 
     def __init__(self, trap: Path) -> None:
         self.trap = trap
@@ -32,7 +32,7 @@ class Hostile:
 
 
 def changed(change: Callable[[dict[str, Any]], Any]) -> Make:
-    """The whole checkpoint with something in it changed."""
+    """Return a function that writes the whole checkpoint with one change."""
 
     def make(file: Path, whole: Path) -> None:
         checkpoint = torch.load(whole, weights_only=True)
@@ -64,7 +64,7 @@ def zipped_pickle(file: Path, whole: Path) -> None:
     torch.save({"state_dict": Hostile(file.with_name("sprung"))}, file)
 
 
-# what is bad: how it is made of a whole one, and what the message has to say beside its name
+# kind of damage: how to make it from a whole checkpoint, words of the message
 DAMAGED: dict[str, tuple[Make, str]] = {
     "truncated": (
         lambda file, whole: file.write_bytes(whole.read_bytes()[:-999]),
@@ -111,7 +111,7 @@ def test_the_hostile_checkpoints_are_hostile(tmp_path: Path) -> None:
     assert (tmp_path / "sprung").exists()
 
 
-# of a checkpoint that can be read: what is wrong with it, and the words of the message
+# readable checkpoints: what is wrong, how to make it, arguments, words of the message
 OTHER: dict[str, tuple[Make, list[str], list[str]]] = {
     "classes": (changed(other_classes), [], ["another", "size mismatch"]),
     "stem": (changed(lambda x: None), ["model=resnet18_imagenet_stem"], ["another", "mismatch"]),
@@ -165,7 +165,7 @@ def test_checkpoint_of_another_network(
         *(*QUICK, "stage=qat", f"fp32_ckpt={tmp_path}/other.ckpt", *args),
         words=["other.ckpt", *words],
     )
-    assert f"fp32_ckpt={tmp_path}/other.ckpt" not in printed  # advice would replace the file
+    assert f"fp32_ckpt={tmp_path}/other.ckpt" not in printed  # this advice would replace the file
 
 
 @pytest.mark.parametrize("name", ["text", "published weights", "a run's own"])
@@ -182,7 +182,7 @@ def test_training_does_not_replace_what_is_no_result_of_it(
     refused(*QUICK, "stage=fp32", f"fp32_ckpt={file}", words=["name another file with fp32_ckpt="])
 
 
-# of a run that cannot be continued: the stage it was of, how it is changed, arguments, words
+# runs that cannot be continued: stage, change of the checkpoint, arguments, words of the message
 RUNS: dict[str, tuple[str, Make, list[str], list[str]]] = {
     "another stage": ("fp32", changed(lambda x: None), ["stage=qat"], ["holds no scales of 'net'"]),
     "another length": (

@@ -10,7 +10,7 @@ from tests.conftest import Road, Train
 
 pytestmark = pytest.mark.slow
 
-# what is bad: arguments, and what the message has to say
+# name: arguments, words of the message
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     # groups and keys
     "unknown_stage": (["stage=fp23"], ["stage/fp23", "fp32"]),
@@ -70,7 +70,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "limit_zero": (["trainer.limit_train_batches=0"], ["limit_train_batches=0 trains nothing"]),
     "log_every": (["trainer.log_every_n_steps=x"], ["log_every_n_steps='x'", ">= 0"]),
     "deterministic_word": (["trainer.deterministic=maybe"], ["deterministic='maybe'"]),
-    # stages and quantisation
+    # stages and quantization
     "freeze_word": (
         ["stage=qat", "callbacks.result.freeze_observer_epoch=soon"],
         ["freeze_observer_epoch='soon'"],
@@ -96,7 +96,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "only_one_layer": (["stage=ptq", "only=layer9"], ["no layer 'layer9'", "layer4"]),
     "override_number": (["stage=ptq", "overrides={fc:9}"], ["qconfig must be one of"]),
     "overrides_word": (["stage=ptq", "overrides=fc"], ["overrides='fc'", "mapping"]),
-    # what comes behind the training, refused before it
+    # settings that are used after the training, but refused before it
     "latency_forever": (["latency_seconds=inf"], ["latency_seconds=inf", ">= 0"]),
     "latency_word": (["latency_seconds=long"], ["latency_seconds='long'", ">= 0"]),
     "export_word": (["export_onnx=maybe"], ["export_onnx='maybe'", "true or false"]),
@@ -166,7 +166,7 @@ def test_output_dir_that_cannot_be_made(
 def test_a_training_of_nothing_does_not_replace_trained_weights(
     train: Train, road: Road, tmp_path: Path
 ) -> None:
-    """In another folder of output, with the checkpoint named: that is what it would write to."""
+    """Use another output folder, and the checkpoint as the file that the run would write."""
     kept = tmp_path / "trained.ckpt"
     kept.write_bytes(road.fp32_ckpt.read_bytes())
     status, _ = train(*QUICK, f"fp32_ckpt={kept}", "trainer.limit_train_batches=0")

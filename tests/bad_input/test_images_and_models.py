@@ -1,4 +1,4 @@
-"""Images and model files that `python -m lightning_qat.predict` cannot use: named, and no more."""
+"""`lightning_qat.predict` names images and model files that it cannot use."""
 
 import contextlib
 import json
@@ -45,7 +45,7 @@ def animated(file: Path, photo: Path) -> None:
     first.save(file, save_all=True, append_images=[second])
 
 
-# what is bad: how it is made, and the words of the message; None = it is classified
+# name: how to make the bad file, words of the message; None = it is classified
 IMAGES: dict[str, tuple[Spoil, str | None]] = {
     "missing.png": (lambda file, photo: None, "No such file"),
     "empty.png": (lambda file, photo: file.touch(), "is no image"),
@@ -147,7 +147,7 @@ def undescribed_torchscript(file: Path, good: Path) -> None:
 
 def bomb_of_a_description(file: Path, good: Path) -> None:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        text = description().to_json() + " " * LONGEST_DESCRIPTION  # good, but for its length
+        text = description().to_json() + " " * LONGEST_DESCRIPTION  # valid, but too long
         archive.writestr(f"model/extra/{KEY}.json", text)
 
 
@@ -170,7 +170,7 @@ def undescribed_openvino(file: Path, good: Path) -> None:
 
 
 NO_DESCRIPTION = "has no description by lightning_qat"
-# name and kind of the good file, how it is spoilt, words of the message
+# name and kind of the good file, how to damage it, words of the message
 MODELS: dict[str, tuple[str, str, Spoil, str]] = {
     "missing": ("m.onnx", "onnx", lambda file, good: None, "does not exist"),
     "another suffix": ("m.pt", "ts", copied, "is no exported model"),
@@ -274,7 +274,7 @@ def test_any_image_becomes_a_square_or_is_refused(
     image = image.convert("I").convert("I;16") if mode == "I;16" else image.convert(mode)
     try:
         image.save(path, format=kind)
-    except (OSError, ValueError):  # not every format has every mode
+    except (OSError, ValueError):  # some formats do not have every mode
         image.convert("RGB").save(path, format=kind)
     square = read_image(path, size)
     assert (square.mode, square.size) == ("RGB", (size, size))
@@ -289,7 +289,7 @@ def test_any_image_becomes_a_square_or_is_refused(
 def test_the_classes_of_the_good_files_are_those_of_the_description(
     exported: dict[str, Path], photo: Path, run: Run
 ) -> None:
-    """What the tables above spoil works as it is."""
+    """The files of the tables above work before they are damaged."""
     for kind in ("ts", "onnx", "xml"):
         status, ((_, *fields),), _ = run(exported[kind], photo)
         assert status == 0

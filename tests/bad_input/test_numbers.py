@@ -1,4 +1,4 @@
-"""Every number of conf/: too small, too large, infinite, none at all; refused with its name."""
+"""Every number of conf/ is refused by name if it is too small, too large, infinite or missing."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +15,7 @@ from lightning_qat.module import ImageClassifier
 from tests.test_configs import CONF
 
 NAN, INF, HUGE = float("nan"), float("inf"), 10**30
-NEVER = [NAN, INF, -INF, "1", True, -1]  # whatever the number is of
+NEVER = [NAN, INF, -INF, "1", True, -1]  # bad for every number
 WHOLE = [*NEVER, 0.5]
 
 
@@ -29,7 +29,7 @@ def model(**changes: Any) -> Any:
 
 
 def data(**changes: Any) -> Any:
-    """Of any size; the digits have theirs."""
+    """Return a data module of any image size; the digits have a fixed size."""
     options: dict[str, Any] = {
         "class_names": ["a", "b"], "image_size": 8, "batch_size": 1, "val_size": 0, "seed": 0,
         "mean": [0.5] * 3, "std": [0.5] * 3, "crop_padding": 0, "padding_mode": "constant",
@@ -38,7 +38,7 @@ def data(**changes: Any) -> Any:
     return ImageDataModule.__init__(DigitsDataModule(), **(options | changes))
 
 
-# the key in conf/: who takes it, and what of it is out of range
+# key in conf/: the function that takes it, and its bad values
 NUMBERS: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
     "data.batch_size": (lambda x: data(batch_size=x), [*WHOLE, 0]),
     "data.val_size": (lambda x: data(val_size=x), WHOLE),
@@ -76,7 +76,7 @@ def test_a_number_out_of_its_range_is_refused(name: str, value: Any) -> None:
         take(value)
 
 
-# Numbers that somebody else checks, or that are one of those above under another name.
+# Numbers that other code checks, or that are one of the numbers above under another name.
 ELSEWHERE = {
     "max_epochs", "log_every_n_steps", "latency_seconds",  # train.py, see test_command.py
     "seed", "devices", "num_nodes", "limit_train_batches", "limit_val_batches",  # Lightning

@@ -1,4 +1,4 @@
-"""Bad input through the real command line, in processes of their own."""
+"""Bad input on the real command line, in new processes."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ pkgutil.walk_packages = lambda *args, **kwargs: (
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-# what is bad: the arguments of Python, with the folder in which bad files lie as {}, and the words
+# name: arguments of Python ({} = the folder of bad files), words of the message
 COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "group": ([str(TRAIN), "stage=fp23"], ["stage/fp23"]),
     "option": ([str(TRAIN), "--fast"], ["--fast"]),
@@ -64,7 +64,7 @@ def before(folder: Path) -> State:
 
 @pytest.fixture(scope="module")
 def ended(folder: Path, before: State) -> dict[str, Future[subprocess.CompletedProcess[str]]]:
-    """All of them, two at a time."""
+    """Run all commands, two at a time."""
 
     def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
         whole = [x.replace("{}", str(folder)) for x in arguments]
@@ -80,7 +80,7 @@ def ended(folder: Path, before: State) -> dict[str, Future[subprocess.CompletedP
             timeout=300,
         )
 
-    with ThreadPoolExecutor(2) as pool:  # waits for all of them
+    with ThreadPoolExecutor(2) as pool:  # waits for all commands
         return {name: pool.submit(run, arguments) for name, (arguments, _) in COMMANDS.items()}
 
 

@@ -1,4 +1,4 @@
-"""The table of what few bits cost, and of what wins accuracy back."""
+"""The table of the accuracy that few bits lose and recover."""
 
 import json
 from pathlib import Path

@@ -44,7 +44,7 @@ run.with_suffix(".json").write_text(json.dumps({"figure": what}))
 def small_pack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Path, dict[str, Any], dict[str, str]]:
-    """Packed of 40 images a batch, with a wheel of nothing."""
+    """Return a pack with 40 images per batch and an empty wheel."""
     numbers = np.random.default_rng(0)
     batches = {name: numbers.integers(0, 10, (IMAGES, 3073), np.uint8) for name in BATCHES}
     sha1 = {name: unpack._sha1(records) for name, records in batches.items()}
@@ -194,7 +194,7 @@ def test_at_the_given_second_all_processes_end(
     assert "hangs: cut off after" in capsys.readouterr().out
     child = (tmp_path / "work" / "runs" / "hangs" / "child").read_text()
     status = Path(f"/proc/{child}/status")
-    for _ in range(50):  # a killed process ends when it is its turn
+    for _ in range(50):  # a killed process ends when the system schedules it
         if not status.exists() or "zombie" in status.read_text():
             break
         time.sleep(0.1)
@@ -248,7 +248,7 @@ def test_weights_come_back_in_parts_and_replace_nothing(tmp_path: Path) -> None:
     written = collect.collect(back, results, weights)
     assert written == [weights / file.name, results / "steps.json"]
     assert (weights / file.name).read_bytes() == file.read_bytes()
-    assert collect.collect(back, results, weights) == []  # all there, all the same
+    assert collect.collect(back, results, weights) == []  # all files exist and are the same
 
     (results / "steps.json").write_text("mine")
     with pytest.raises(ValueError, match="is there and differs"):

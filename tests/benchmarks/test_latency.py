@@ -42,7 +42,7 @@ DESCRIPTION = Description(
 
 
 class Clock:
-    """Stands still but for what runtimes take: a measurement that no other process disturbs."""
+    """A clock that only runtimes move, so that no other process disturbs a measurement."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -57,7 +57,7 @@ class Clock:
 
 @dataclass(eq=False)
 class Runtime:
-    """Takes so many seconds, and more in the first calls after another one's."""
+    """A runtime that takes a fixed time, and more in the first calls after another runtime."""
 
     clock: Clock
     seconds: float
@@ -122,7 +122,7 @@ def benchmark(script: str, *args: Any) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
-    """One small FP32 network in every format, the first two described as INT8."""
+    """Return one small FP32 network in every format; two files are described as INT8."""
     model = DeployedModel(SmallNet().eval(), DESCRIPTION.mean, DESCRIPTION.std)
     proto = to_onnx(model, torch.rand(2, 3, 8, 8))
     paths = [tmp_path / "a.ts", tmp_path / "b.onnx", tmp_path / "c.onnx"]

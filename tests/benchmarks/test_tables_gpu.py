@@ -6,7 +6,7 @@ ENVIRONMENT = {"gpu": "A GPU", "torch": "2.11", "date": "2026-12-01", "commit": 
 
 
 def run(accuracy: float = 0.96, int8: float | None = None, **others: Any) -> dict[str, Any]:
-    """The part of a metrics.json that the tables show."""
+    """Return the part of a metrics.json that the tables show."""
     return {
         "epochs": 100,
         "command": "python train.py",

@@ -47,7 +47,7 @@ def test_only_the_mended_qat_fake_quantises(name: str) -> None:
     difference = (logits - float_logits).abs().max()
     if name == "mended":
         assert len(kinds) > 40
-        assert len(sums[0].unique()) <= 128  # of 7 bits
+        assert len(sums[0].unique()) <= 128  # 7 bits
         assert difference > 0.01
     else:
         assert not kinds
@@ -89,7 +89,7 @@ def test_the_origins_step_learns() -> None:
 
 
 class Watch(pl.Callback):
-    """Looks at a run of ours from inside."""
+    """A callback that inspects a run of this project."""
 
     def __init__(self) -> None:
         self.first_weights: Tensor = torch.empty(0)
@@ -161,7 +161,7 @@ def test_an_epoch_shorter_than_a_segment_is_refused() -> None:
 
 @pytest.fixture
 def result() -> dict[str, Any]:
-    """Of a CPU; ratios and rates that tell the races apart."""
+    """Return the result of a CPU; ratios and rates identify the races."""
     races = enumerate(tables_training.RACES.items(), start=1)
     ratios: dict[str, Any] = {}
     loops: dict[str, Any] = {}
@@ -217,7 +217,7 @@ def test_without_a_result_the_table_says_so(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_smoke_run_measures_everything_and_leaves_the_results_alone(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tables_training.RESULTS.iterdir()}
-    # one thread: the tests may share the cores, and threads that wait for each other take minutes
+    # One thread: the tests may share the cores, and waiting threads would take minutes.
     options = ("--smoke", "--device", "cpu", "--threads", 1, "--out", tmp_path)
     done = benchmark("training.py", *options)
     assert done.returncode == 0, done.stderr

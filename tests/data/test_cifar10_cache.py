@@ -1,4 +1,4 @@
-"""The decoded cache: made once, whole or not at all, and made anew where it is damaged."""
+"""The decoded cache is made once and completely, and made again if it is damaged."""
 
 import logging
 import multiprocessing
@@ -65,7 +65,7 @@ def test_a_damaged_cache_is_made_anew(
     cache.write_bytes(b"some text" if damage == "other content" else content[:kept])
     with caplog.at_level(logging.WARNING):
         build_cache(root, sha1)
-    assert "damaged and will be made anew" in caplog.text
+    assert "damaged and will be made again" in caplog.text
     assert read_cache(root, sha1) is not None
 
 

@@ -1,4 +1,4 @@
-"""CIFAR-10 is taken from what the user has, else fetched, and always the official images."""
+"""CIFAR-10 comes from the user's files, else from the network, and is always official."""
 
 import os
 import pickle
@@ -138,7 +138,7 @@ def test_a_missing_batch_is_named(root: Path, publish: Publish, sha1: dict[str, 
 
 
 class Hostile:
-    """Its pickle runs a command when read."""
+    """An object whose pickle runs a command when it is read."""
 
     def __init__(self, command: str) -> None:
         self.command = command

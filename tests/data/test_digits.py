@@ -1,4 +1,4 @@
-"""The digits are the ones every user of `data=digits` gets."""
+"""The digits are the same for every user of `data=digits`."""
 
 import numpy as np
 import pytest

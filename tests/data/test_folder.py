@@ -1,4 +1,4 @@
-"""The user's own images become what the network sees, or the message names the file at fault."""
+"""The user's own images become the network's input, or the message names the bad file."""
 
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def test_the_square_in_the_middle_is_kept_and_made_smaller(root: Path) -> None:
     image = set_up(root).load()[0].images[0, ..., 0]
     expected = torch.full((8, 8), 100)
     expected[2:6, 2:6] = 200
-    # resizing blurs the edges: compare where there are none
+    # Resizing blurs the edges, so compare the other pixels.
     inner, outer = slice(3, 5), slice(1, 7, 5)
     assert torch.equal(image[inner, inner], expected.to(torch.uint8)[inner, inner])
     assert image[0, outer].tolist() == [100, 100]

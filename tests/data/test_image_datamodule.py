@@ -1,4 +1,4 @@
-"""What every data module promises, shown with the digits."""
+"""Common properties of all data modules, tested with the digits."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from lightning_qat.errors import UserError
 
 
 class Recorder(pl.LightningModule):
-    """A tiny classifier that keeps every batch it is given, by epoch."""
+    """A tiny classifier that keeps every batch, by epoch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def test_two_processes_share_the_training_set() -> None:
         datamodule = set_up(batch_size=1)
         datamodule.trainer = cast(pl.Trainer, SimpleNamespace(world_size=2, global_rank=rank))
         shares.append(set(train_indices(datamodule)))
-    # 1293 images: one is given to both, so that the shares are equal
+    # 1293 images: both processes get one of them, so that the shares are equal.
     assert len(shares[0] | shares[1]) == 1293
     assert len(shares[0] & shares[1]) == 1
 

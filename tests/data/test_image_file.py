@@ -1,4 +1,4 @@
-"""Whatever kind of image file there is, the network sees what a viewer shows of it."""
+"""For every kind of image file, the network gets the picture that an image viewer shows."""
 
 import warnings
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_values_whose_white_is_unknown_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "words"), [((20000, 10000), "too large.*smaller"), ((1, 60000), "too long a strip")]
+    ("size", "words"), [((20000, 10000), "too large.*smaller"), ((1, 60000), "too long and narrow")]
 )
 def test_what_would_fill_the_memory_is_refused(
     size: tuple[int, int], words: str, tmp_path: Path

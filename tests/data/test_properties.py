@@ -1,4 +1,4 @@
-"""What holds for splits and augmentations whatever sizes and seeds are asked for."""
+"""Properties of splits and augmentations for all sizes and seeds."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ bounded: Callable[..., Any] = settings(max_examples=60, derandomize=True, deadli
 
 
 class Made(ImageDataModule):
-    """Images whose first pixel says which they are."""
+    """Images whose first pixel identifies them."""
 
     def __init__(self, labels: list[int], **options: Any) -> None:
         defaults: dict[str, Any] = {
@@ -54,7 +54,7 @@ def test_a_split_is_disjoint_complete_stratified_and_the_same_for_every_seed(
     made = Made(labels, val_size=val_size, seed=seed, batch_size=batch_size)
     rarest = min(labels.count(label) for label in set(labels))
     if val_size and rarest * min(val_size, len(labels) - val_size) < len(labels):
-        # one side might have none of a class
+        # One of the two parts could have no image of a class.
         with pytest.raises(UserError, match=f"val_size={val_size} cannot be taken"):
             made.setup("fit")
         return
@@ -109,7 +109,7 @@ def test_an_augmentation_keeps_shape_and_type_and_invents_no_pixel(
         possible |= {(0, 0, 0)} if padded else set()
         assert set(map(tuple, after.flatten(0, 1).tolist())) <= possible
     alone = augmentation(images[batch[:1]], batch[:1], epoch)
-    assert torch.equal(alone, result[:1])  # whatever batch it comes in
+    assert torch.equal(alone, result[:1])  # for any batch
 
 
 @settings(max_examples=12, derandomize=True, deadline=None)

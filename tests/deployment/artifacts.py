@@ -1,4 +1,4 @@
-"""Every kind of exported file of one small network, as a user finds them after training."""
+"""Every kind of exported file of one small network, as after a training."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ FORMATS = ["ts", "onnx", "xml"]
 
 
 def description(**changes: Any) -> Description:
-    """Of `SmallNet`, trained on images like `data=digits`: 8 x 8, pixels from 0 to 16."""
+    """Describe `SmallNet`, trained on images like `data=digits`: 8 x 8, pixels from 0 to 16."""
     fields: dict[str, Any] = {
         "classes": CLASSES, "image_size": 8, "input": UNIT, "max_value": 16, "mean": MEAN,
         "std": STD, "stage": "qat", "data": "digits", "model": "small", "qconfig": "x86",
@@ -37,7 +37,7 @@ def calibrated(
     qconfig: str | QConfig = "x86",
     overrides: dict[Any, Any] | None = None,
 ) -> Any:
-    """`net` itself, quantized, with the ranges and the statistics of batch-norm that `x` gives."""
+    """Quantize `net` with ranges and batch-norm statistics from `x`, and return it."""
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = 1.0
@@ -54,13 +54,13 @@ def calibrated(
 
 
 def export(folder: Path) -> dict[str, Path]:
-    """Files by format, and by `pixels-` and format where uint8 pixels go in."""
+    """Return files by format, and by `pixels-` and format for uint8 pixels."""
     torch.manual_seed(0)
     levels = torch.randint(17, (64, 3, 8, 8), dtype=torch.uint8)
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
     net = calibrated(SmallNet(), (levels / 16 * torch.rand(64, 3, 1, 1) - mean) / std)
     images = torch.rand(64, 1, 8, 8).expand(-1, 3, -1, -1) * torch.rand(64, 1, 1, 1)
-    with torch.no_grad():  # let grey images of all brightnesses get more than one class
+    with torch.no_grad():  # grey images of all brightnesses must get more than one class
         net.fc.bias -= net((images - mean) / std).mean(0)
     deployed = DeployedModel(net, MEAN, STD)
     failures: list[str] = []

@@ -1,4 +1,4 @@
-"""Networks and images are the same in every run, whichever tests run with them."""
+"""Use the same networks and images in every run, for any choice of tests."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""How far apart two models are, and what is said where it is more than it should be."""
+"""The difference of two models, and the sentence if it is too large."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Cropped kernels: fewer weights, the same numbers."""
+"""Cropped kernels have fewer weights and give the same numbers."""
 
 import itertools
 from typing import Any
@@ -21,7 +21,7 @@ def run(proto: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
 def convolution(
     size: int, taps: int, pads: list[int], stride: int, dilation: int
 ) -> onnx.ModelProto:
-    """Quantized weights, 2 -> 3 channels, on maps of size x (size + 1)."""
+    """Return quantized weights, 2 -> 3 channels, on maps of size x (size + 1)."""
     generator = np.random.default_rng(0)
     weight = generator.integers(-127, 128, (3, 2, taps, taps)).astype(np.int8)
     nodes = [

@@ -1,4 +1,4 @@
-"""Files for other runtimes: the same integers there."""
+"""Files for other runtimes have the same integers."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ def exports(
 
 @pytest.fixture(scope="module")
 def files(exports: list[ExportedFile]) -> Path:
-    """model.ts, .onnx, .xml for float images; pixels.ts, .onnx, .xml for raw ones."""
+    """Return the folder of model.ts, .onnx, .xml (float images) and pixels.ts, ... (raw ones)."""
     return exports[0].path.parent
 
 
@@ -113,7 +113,8 @@ def test_int8_weights_feed_every_layer_and_nothing_stands_between_integers(files
         image, weight = producers[layer.input[0]], producers[layer.input[1]]
         assert weight.op_type == image.op_type == "DequantizeLinear"
         assert weights[weight.input[0]].data_type == onnx.TensorProto.INT8
-        assert len(onnx.numpy_helper.to_array(weights[weight.input[1]])) > 1  # a scale a channel
+        # one scale per channel
+        assert len(onnx.numpy_helper.to_array(weights[weight.input[1]])) > 1
         bias = producers[layer.input[2]]  # with batch-norm folded in
         assert weights[bias.input[0]].data_type == onnx.TensorProto.INT32
     kinds = {node.op_type for node in proto.graph.node}
@@ -191,7 +192,7 @@ def test_a_failed_export_leaves_what_it_has_not_written_but_no_xml_beside_other_
         replace(path, target)
 
     monkeypatch.setattr(Path, "replace", until_full)
-    proto = onnx.load(files / "model.onnx")  # to make it again would take seconds
+    proto = onnx.load(files / "model.onnx")  # a new export would take seconds
     monkeypatch.setattr("lightning_qat.deployment.export.from_program", lambda *args: proto)
     said = dataclasses.replace(describe(), seed=1)
     with pytest.raises(OSError, match="no space left"):

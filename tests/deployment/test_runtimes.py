@@ -1,4 +1,4 @@
-"""Exported files load back alike, or the message says which file is wrong, why, and what to do."""
+"""Loaded files give equal results, or the message says what is wrong, why, and what to do."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from tests.deployment.artifacts import FORMATS, description
 
 
 def copied(file: Path, folder: Path) -> Path:
-    """A copy that may be damaged, with the files that belong to it."""
+    """Return a copy that may be damaged, with the files that belong to it."""
     for path in file.parent.glob(f"{file.stem}.*"):
         shutil.copy(path, folder)
     return folder / file.name
@@ -42,7 +42,7 @@ def test_every_format_gives_the_same_logits(
 
 
 class UnlikeSum(nn.Module):
-    """A sum that QNNPACK does not have, because of its scales."""
+    """A sum that QNNPACK cannot compute, because of its scales."""
 
     def forward(self, x: Tensor) -> Tensor:
         large = torch.quantize_per_tensor(x, 1.0, 0, torch.quint8)

@@ -1,4 +1,4 @@
-"""Scripting survives what torch does to it now and then."""
+"""Scripting works despite an occasional fault in torch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The runs that are disturbed: real processes of train.py, one thread each."""
+"""Runs that are interrupted: real processes of train.py, with one thread each."""
 
 import hashlib
 import os
@@ -32,11 +32,11 @@ STAGES: dict[str, tuple[tuple[str, ...], tuple[Phase, ...]]] = {
     ),
 }
 COMMAND_FOLLOWS = "This continues it:"
-LONGEST = 600  # seconds, on a machine that does other things as well
+LONGEST = 600  # seconds, on a machine with other work
 
 
 def cifar10_batches(train: int = 1000, test: int = 50) -> Batches:
-    """Random images, enough of them that reading, decoding and writing them takes a while."""
+    """Return enough random images that reading, decoding and writing them takes some time."""
     rng = np.random.default_rng(0)
     made = {}
     for name in [*TRAIN_BATCHES, "test_batch"]:
@@ -53,7 +53,7 @@ def sha1_argument(batches: Batches) -> str:
 
 @dataclass
 class Process:
-    """A running train.py, and where it prints to."""
+    """A running train.py, and the file of its output."""
 
     popen: subprocess.Popen[bytes]
     output: Path
@@ -73,7 +73,7 @@ def start(args: Sequence[str], out: Path, **environment: str) -> Process:
     number = len(list(out.parent.glob(f"{out.name}-*.log")))
     output = out.with_name(f"{out.name}-{number}.log")
     with output.open("wb") as file:
-        at = next(i for i, x in enumerate(args) if "=" in x)  # options stay where they are
+        at = next(i for i, x in enumerate(args) if "=" in x)  # options stay in their place
         words = [*args[:at], f"output_dir={out}", *args[at:]]
         command = [sys.executable, str(TRAIN), *words]
         popen = subprocess.Popen(command, stdout=file, stderr=file, env=env, cwd=TRAIN.parent)
@@ -81,7 +81,7 @@ def start(args: Sequence[str], out: Path, **environment: str) -> Process:
 
 
 def run(args: Sequence[str], out: Path, **environment: str) -> Process:
-    """The same, to its end, which must be a good one."""
+    """Start train.py, and wait for its end with status 0."""
     process = start(args, out, **environment)
     assert process.wait() == 0, process.printed()
     return process
@@ -100,7 +100,7 @@ def wait_for(phase: Phase, out: Path, process: Process) -> bool:
 
 
 def timed(args: Sequence[str], out: Path, phases: Sequence[Phase]) -> dict[str, float]:
-    """Run to the end; gives how many seconds each phase has taken."""
+    """Run to the end; return the seconds of each phase."""
     began = {}
     process = start(args, out)
     for phase in phases:
@@ -112,6 +112,6 @@ def timed(args: Sequence[str], out: Path, phases: Sequence[Phase]) -> dict[str, 
 
 
 def send(process: Process, number: signal.Signals) -> int:
-    """Send the signal; gives the status that the process ends with."""
+    """Send the signal; return the exit status of the process."""
     process.popen.send_signal(number)
     return process.wait()

@@ -1,4 +1,4 @@
-"""Undisturbed runs to compare with, made once for all processes that test."""
+"""Uninterrupted runs to compare with, made once for all test processes."""
 
 import json
 import os
@@ -25,15 +25,15 @@ def batches() -> Batches:
 
 @pytest.fixture(scope="session")
 def archive(faults: Path, batches: Batches) -> Path:
-    """In the official form."""
+    """Return a CIFAR-10 archive in the official form."""
     return write_archive(faults / "cifar-10-python.tar.gz", python_members(batches))
 
 
 @pytest.fixture(scope="session")
 def slow_npm(faults: Path, batches: Batches) -> dict[str, str]:
-    """The environment of a machine that reaches the npm registry only, by a slow line.
+    """Return the environment of a machine that only reaches the npm registry, slowly.
 
-    Beside the root, npm leaves a line for each call, and a file when it is done.
+    npm writes a line for each call next to the root, and a file at its end.
     """
     package = write_archive(faults / "package.tgz", npm_members(batches))
     programs = faults / "programs"
@@ -52,7 +52,7 @@ def slow_npm(faults: Path, batches: Batches) -> dict[str, str]:
 def undisturbed(
     tmp_path_factory: pytest.TempPathFactory, batches: Batches, archive: Path
 ) -> Callable[[str], tuple[Path, dict[str, float], list[str]]]:
-    """Of a stage: the output folder of its run, seconds by phase, and the arguments."""
+    """Return a function of a stage: output folder of its run, seconds by phase, arguments."""
     folder = for_all_processes(tmp_path_factory)
 
     def get(stage: str) -> tuple[Path, dict[str, float], list[str]]:
@@ -84,6 +84,6 @@ def undisturbed(
 def fp32_ckpt(
     undisturbed: Callable[[str], tuple[Path, dict[str, float], list[str]]],
 ) -> Path:
-    """What ptq and qat on digits start from."""
+    """Return the checkpoint that ptq and qat on digits start from."""
     (path,) = undisturbed("fp32")[0].glob("fp32/*.ckpt")
     return path

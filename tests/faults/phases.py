@@ -1,4 +1,4 @@
-"""What a run is doing at a moment, told from outside: by the files that have appeared."""
+"""Detect the phase of a run from outside, by its files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ FIT_ENDED = "`Trainer.fit` stopped"
 
 @dataclass(frozen=True)
 class Phase:
-    """It begins when a file appears, or a line in the log of the run, below the output folder."""
+    """A phase that begins when a file, or a line in the log of the run, appears."""
 
     name: str
     begins: str = ""
@@ -29,7 +29,7 @@ TRAINING = Phase("training", "run/csv/hparams.yaml")
 CHECKPOINTING = Phase("checkpointing", "run/checkpoints/*")
 SECOND_EPOCH = Phase("second epoch", "run/checkpoints/last.ckpt")
 CONVERTING = Phase("converting", FIT_ENDED)
-EXPORTING = Phase("exporting", "run/*model_int8.ts*")  # also while it is unfinished
+EXPORTING = Phase("exporting", "run/*model_int8.ts*")  # also the unfinished file
 MEASURING = Phase("measuring", "run/model_int8.xml")
 REPORTING = Phase("reporting", "run/metrics.json")
 DONE = Phase("done", "run/report.html")

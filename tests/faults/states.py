@@ -1,4 +1,4 @@
-"""What lies in an output folder: each file whole, and the same as without the fault."""
+"""Check an output folder: each file is complete, and the same as without the fault."""
 
 import json
 import re
@@ -13,11 +13,11 @@ import torch
 from lightning_qat.data.cifar10_records import BATCHES
 from lightning_qat.deployment.runtimes import load
 
-ONE_CORE = Lock()  # two threads that load OpenVINO's at once would each have their own
+ONE_CORE = Lock()  # two threads that load OpenVINO's core at once would each get their own core
 
 
 def assert_whole(out: Path) -> None:
-    """Every file that has its final name loads."""
+    """Check that every file with its final name loads."""
     for path in (path for path in out.rglob("*") if path.is_file()):
         if path.name.startswith("."):
             continue  # unfinished, or a lock
@@ -43,7 +43,7 @@ def assert_whole(out: Path) -> None:
 
 
 def names(out: Path, run: str = "run") -> set[str]:
-    """Every file and empty folder below `out`, of one run folder only, without times in them."""
+    """Return every file and empty folder below `out`, of one run folder only, without times."""
     found = set()
     for path in out.rglob("*"):
         name = path.relative_to(out).as_posix()
@@ -57,7 +57,7 @@ def names(out: Path, run: str = "run") -> set[str]:
 
 
 def assert_same(out: Path, undisturbed: Path, run: str = "run") -> None:
-    """Weights bit by bit, what the INT8 models compute, accuracies, and the list of files."""
+    """Compare weights bit by bit, results of the INT8 models, accuracies, and the list of files."""
     assert_whole(out)
     assert names(out, run) == names(undisturbed)
     for path in undisturbed.rglob("*.ckpt"):

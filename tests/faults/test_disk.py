@@ -1,4 +1,4 @@
-"""A full disk and a read-only one: one message, status 2, and nothing half written."""
+"""A full or read-only disk gives one message and status 2, and leaves no incomplete file."""
 
 import shutil
 import subprocess
@@ -21,7 +21,7 @@ FP32 = (*DIGITS, "trainer.max_epochs=1", "export_onnx=false")
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Mount]:
-    """Mounts a file system of that size; called again, changes it."""
+    """Return a function that mounts a file system of a given size, or changes it."""
     at = tmp_path / "disk"
     at.mkdir()
 

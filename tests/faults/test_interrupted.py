@@ -1,4 +1,4 @@
-"""Ctrl-C: what was saved stays, and the command that is printed ends as if nothing had happened."""
+"""Ctrl-C keeps all saved files, and the printed command ends like an uninterrupted run."""
 
 import json
 import shlex
@@ -21,7 +21,7 @@ Undisturbed = Callable[[str], tuple[Path, dict[str, float], list[str]]]
 
 
 def command_in(printed: str) -> list[str]:
-    """The arguments of the command that continues it."""
+    """Return the arguments of the printed command."""
     assert "Traceback" not in printed
     python, script, *args = shlex.split(printed.split(COMMAND_FOLLOWS)[1])
     assert (python, Path(script).name) == ("python", "train.py")
@@ -80,5 +80,5 @@ def test_jobs_that_submitit_has_started_are_mentioned(tmp_path: Path) -> None:
     process = start(["-m", "launcher=submitit_local", *sweep], tmp_path / "out")
     assert wait_for(Phase("submitted", "sweep/.submitit/*/*_log.out"), tmp_path / "out", process)
     assert send(process, signal.SIGINT) == 130, process.printed()
-    assert "Ctrl-C. Jobs that submitit has started may run on" in process.printed()
+    assert "Ctrl-C. Jobs that submitit started may continue to run" in process.printed()
     assert "hydra.sweep.dir=" in " ".join(command_in(process.printed()))

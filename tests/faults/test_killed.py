@@ -1,6 +1,7 @@
-"""Killed at any moment: what is there is whole, and continuing ends as if nothing had happened.
+"""A run that is killed at any moment leaves only complete files, and continues correctly.
 
-The moments are random within each phase of a run, and the same for the same seed. All thirty:
+The moments are random within each phase of a run, and the same for the same seed. To test all
+thirty:
 
     LIGHTNING_QAT_FAULT_MOMENTS=30 python -m pytest -s tests/faults/test_killed.py
 """
@@ -24,7 +25,7 @@ from tests.faults.states import assert_same, assert_whole
 
 pytestmark = pytest.mark.slow
 
-# The first ones are those of every CI run; the third is continued by ckpt_path, see `moments`.
+# The first entries run in every CI run. The third is continued by ckpt_path, see `moments`.
 STRATA = [
     ("cifar10 fetched", "fetching"),
     ("ptq", "converting"),
@@ -58,7 +59,7 @@ class Moment:
     phase: str
     signal: signal.Signals
     fraction: float  # of the phase
-    by_ckpt_path: bool  # continued in another folder, where there is a checkpoint
+    by_ckpt_path: bool  # continued in another folder, if there is a checkpoint
 
     def __str__(self) -> str:
         return f"{self.stage}-{self.phase}-{self.signal.name}-{self.fraction:.2f}".replace(" ", "_")
@@ -86,7 +87,7 @@ def outcomes(
     slow_npm: dict[str, str],
     faults: Path,
 ) -> dict[Moment, Future[str]]:
-    """Two at a time, where they are as few as in a CI run."""
+    """Run two at a time if there are as few as in a CI run."""
 
     def outcome(number: int, moment: Moment) -> str:
         out = faults / f"killed {number}"
@@ -143,7 +144,7 @@ def killed_and_continued(
         pytest.fail(f"done before it could be killed: {process.printed()}")
     if moment.signal == signal.SIGKILL:
         assert status == -signal.SIGKILL
-    elif phase.name != "starting" and hit.name != "done":  # when Python takes the signal itself
+    elif phase.name != "starting" and hit.name != "done":  # at its start, Python takes the signal
         assert status == 128 + signal.SIGTERM, process.printed()
     assert_whole(out)
 
@@ -163,7 +164,7 @@ def killed_and_continued(
     continued = run([x for x in again if not x.startswith("output_dir=")], out, **environment)
     if how == "ckpt_path":
         assert "Restored all states" in continued.printed()
-    if environment:  # what npm has left, and what the undisturbed run had
+    if environment:  # delete files of npm and of the uninterrupted run
         (out / "npm_calls").unlink()
         (out / "fetched").unlink()
         (out / "root" / archive.name).touch()

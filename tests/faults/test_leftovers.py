@@ -1,4 +1,4 @@
-"""What a killed process has left unfinished is cleared away by the next one, and nothing else."""
+"""The next process removes the unfinished files of a killed process, and no other file."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def test_in_the_folder_of_a_run(tmp_path: Path) -> None:
 
 
 def test_where_weights_are_kept_of_the_same_file_only(tmp_path: Path) -> None:
-    """In that folder another run may be at work on another file."""
+    """Another run may be writing another file in that folder."""
     (tmp_path / ".a[1].ckpt.7.partial").touch()
     kept = {".a1.ckpt.7.partial", ".a[1].ckpt-2.7.partial"}
     for name in kept:

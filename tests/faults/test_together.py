@@ -1,4 +1,4 @@
-"""Runs that meet: in one folder, at the same time or one after the other, and at one cache."""
+"""Runs that share a folder, at the same time or one after the other, or share a cache."""
 
 import json
 import os

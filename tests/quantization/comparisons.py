@@ -1,4 +1,4 @@
-"""Compare the forms of a network: fake-quantized, of torch's kernels, and in ONNX Runtime."""
+"""Compare the forms of a network: fake-quantized, torch's kernels, ONNX Runtime."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def apart(first: Any, second: Any) -> float:
-    """The largest difference of two outputs, as a share of the first one's largest value."""
+    """Return the largest difference of two outputs, as a share of the first one's largest value."""
     pairs = list(zip(tensors(first), tensors(second), strict=True))
     assert pairs
     assert all(a.shape == b.shape for a, b in pairs)
@@ -34,18 +34,18 @@ def apart(first: Any, second: Any) -> float:
 
 @torch.no_grad()
 def int8_apart(callback: Any, *args: Any, **kwargs: Any) -> float:
-    """How far the INT8 model of ``callback`` is from its fake-quantized network."""
+    """Return the distance of ``callback``'s INT8 model from its fake-quantized network."""
     expected = callback.networks["fake_quant"](*args, **kwargs)
     return apart(expected, callback.int8_model(*args, **kwargs))
 
 
 def in_onnx_runtime(net: nn.Module, *args: Any, **kwargs: Any) -> list[Tensor]:
-    """What ONNX Runtime computes for a fake-quantized ``net``."""
+    """Return the result of ONNX Runtime for a fake-quantized ``net``."""
     return run_onnx(lower(net, args, kwargs), *args, **kwargs)
 
 
 def run_onnx(program: ExportedProgram, *args: Any, **kwargs: Any) -> list[Tensor]:
-    """What ONNX Runtime computes for a lowered network."""
+    """Return the result of ONNX Runtime for a lowered network."""
     given = tensors((args, kwargs))
     outputs = [f"y{i}" for i in range(len(program.graph_signature.user_outputs))]
     proto = export_onnx(program, [f"x{i}" for i in range(len(given))], outputs)
@@ -63,17 +63,17 @@ def run_onnx(program: ExportedProgram, *args: Any, **kwargs: Any) -> list[Tensor
 
 
 def integer_layers(int8_model: nn.Module) -> list[str]:
-    """The names of the layers that run on integer kernels."""
+    """Return the names of the layers that run on integer kernels."""
     return [name for name, x in int8_model.named_modules() if isinstance(x, INTEGER_LAYERS)]
 
 
 def scales(net: nn.Module) -> dict[str, Tensor]:
-    """All ranges and scales of a fake-quantized network."""
+    """Return all ranges and scales of a fake-quantized network."""
     quantization = quantization_of(net)
     assert quantization is not None
     return quantization.scales()
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    """True where two state dicts have the same names and bits."""
+    """Return True if two state dicts have the same names and bits."""
     return first.keys() == second.keys() and all(torch.equal(first[x], second[x]) for x in first)

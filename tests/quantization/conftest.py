@@ -1,4 +1,4 @@
-"""Networks and images are the same in every run, whichever tests run with them."""
+"""Use the same networks and images in every run, for any choice of tests."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def seeded() -> None:
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
-    """A module after its fit, and the callback. Tests that change them take a copy."""
+    """Return a module after its fit, and the callback. Tests that change them use a copy."""
     torch.manual_seed(0)
     module, callback = SmallModule(), QuantizationAwareTraining()
     folder: Path = tmp_path_factory.mktemp("fitted")
@@ -31,7 +31,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
 
 @pytest.fixture
 def no_int8(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the conversion, which takes longer than such a fit."""
+    """Skip the conversion, which takes longer than such a fit."""
 
     def convert(net: Any, engine: str) -> nn.Module:
         return nn.Identity()

@@ -1,4 +1,4 @@
-"""Fits in as many processes as asked for; as a script, in two, each of which saves how it went."""
+"""Fit in any number of processes. As a script: fit in two, and save the result of each."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.quantization.networks import SmallModule, images, trainer_with
 
 
 class Recorder(pl.Callback):
-    """Losses of the training steps, and the state that was validated last."""
+    """Record the losses of the training steps, and the last validated state."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -31,7 +31,7 @@ class Recorder(pl.Callback):
 
 
 def state_of(module: Any) -> dict[str, Any]:
-    """Weights, statistics, and scales."""
+    """Return weights, statistics, and scales."""
     state = {name: x.clone() for name, x in module.state_dict().items()}
     return state | scales(module.net)
 
@@ -47,13 +47,13 @@ def fit(
     also: tuple[pl.Callback, ...] = (),
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """Train on every so manieth image, in order; gives all that processes could differ in."""
+    """Train on every n-th image, in order; return all values that processes could differ in."""
     torch.manual_seed(0)
     module, recorder = SmallModule(), Recorder()
     trainer = trainer_with(callback, recorder, *also, folder=folder, **kwargs)
     x, labels = images()
     data = TensorDataset(x[::every], labels[::every])
-    # Lightning's own would shuffle
+    # Lightning's own sampler would shuffle.
     sampler: Sampler[Any] = DistributedSampler(
         data, trainer.world_size, trainer.global_rank, shuffle=False
     )
@@ -68,7 +68,7 @@ def fit(
 
 
 def continue_frozen(folder: Path, *, batch_size: int, **kwargs: Any) -> dict[str, Any]:
-    """Go on from epoch 1, from which on batch-norm and observers are frozen."""
+    """Continue from epoch 1 with frozen batch-norm and observers."""
     callback = QuantizationAwareTraining(freeze_batch_norm_epoch=1, freeze_observer_epoch=1)
     ckpt_path = folder / "epoch_0.ckpt"
     return fit(callback, folder, batch_size=batch_size, ckpt_path=ckpt_path, max_epochs=3, **kwargs)

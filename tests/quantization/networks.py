@@ -1,4 +1,4 @@
-"""Small networks that are not ours, and a LightningModule to train them in seconds."""
+"""Small networks in the style of other projects, and a LightningModule to train them fast."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class Block(nn.Module):
-    """A residual block that uses one ReLU module twice, as torchvision's does."""
+    """A residual block that uses one ReLU module twice, as in torchvision."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class SmallNet(nn.Module):
 
 
 class SmallModule(pl.LightningModule):
-    """Somebody's LightningModule with its network in `net`."""
+    """A user's LightningModule with its network in `net`."""
 
     def __init__(self, net: nn.Module | None = None, learning_rate: float = 0.05) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class SmallModule(pl.LightningModule):
 
 
 class BuildsLate(SmallModule):
-    """Builds its network in `configure_model`, as Lightning advises for large ones."""
+    """Build the network in `configure_model`, as Lightning advises for large networks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class BuildsLate(SmallModule):
 
 
 def images(count: int = 64, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Random images and the quadrant that is brightest in them."""
+    """Return random images, and the brightest quadrant of each."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(count, 3, 8, 8, generator=generator)
     labels = torch.randint(4, (count,), generator=generator)

@@ -1,4 +1,4 @@
-"""Small networks in the ways that people write them. Each takes 3 x 8 x 8 images."""
+"""Small networks in the styles of other projects. Each takes 3 x 8 x 8 images."""
 
 import math
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 
 def head(body: nn.Module, channels: int = 8) -> nn.Module:
-    """``body`` between images and four classes."""
+    """Put ``body`` between images and four classes."""
     return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4))
 
 
 class Conv(nn.Conv2d):
-    """Adds an initialization of its own."""
+    """A convolution with its own initialization."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -36,7 +36,7 @@ def subclassed() -> nn.Module:
 
 
 class NormAndActivation(nn.BatchNorm2d):
-    """A batch-norm with its activation inside, as timm has it."""
+    """A batch-norm with its activation inside, as in timm."""
 
     def forward(self, input: Tensor) -> Tensor:
         x = F.batch_norm(
@@ -47,7 +47,7 @@ class NormAndActivation(nn.BatchNorm2d):
 
 
 class Standardized(nn.Conv2d):
-    """Weight standardization, as BiT and NFNets have it."""
+    """Weight standardization, as in BiT and NFNets."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
@@ -56,7 +56,7 @@ class Standardized(nn.Conv2d):
 
 
 class SamePadding(nn.Conv2d):
-    """Pads by the size of its input, as TensorFlow does."""
+    """Padding by the size of the input, as in TensorFlow."""
 
     def forward(self, input: Tensor) -> Tensor:
         pads: list[int] = []
@@ -81,7 +81,7 @@ class Asserts(nn.Module):
 
 
 class KeywordsOnly(nn.Module):
-    """As Hugging Face's: keywords, and a loss where labels are given."""
+    """Keyword arguments as in Hugging Face, and a loss if labels are given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class TwoResolutions(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """Runs its block again in the backward pass, to save memory."""
+    """A network that runs its block again in the backward pass, to save memory."""
 
     def __init__(self, use_reentrant: bool) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class Checkpointed(nn.Module):
 
 
 class Encoder(nn.Module):
-    """An encoder of torch's own between two linear layers."""
+    """torch's own encoder between two linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class Encoder(nn.Module):
 
 
 class Attends(nn.Module):
-    """Torch's attention, of one sequence to another."""
+    """torch's attention between two sequences."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class Attends(nn.Module):
 
 
 class VitBlock(nn.Module):
-    """Patches, a class token, and a block as timm's vision transformers have it."""
+    """Patches, a class token, and a block as in timm's vision transformers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ class VitBlock(nn.Module):
 
 
 class StochasticDepth(nn.Module):
-    """Leaves its branch out for some images while it trains."""
+    """A network that skips its branch for some images during training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -298,7 +298,7 @@ class NormFirst(nn.Module):
 
 
 class Functional(nn.Module):
-    """Weights of its own, one of them used twice, one computed from another."""
+    """A network with its own weights: one is used twice, one is computed from another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -314,7 +314,7 @@ class Functional(nn.Module):
 
 
 class Siamese(nn.Module):
-    """Two images through one network, and numbers beside them."""
+    """Two images through one network, with extra numbers as input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -346,7 +346,7 @@ def video() -> nn.Module:
     )  # fmt: skip
 
 
-# name: network, and the number of its layers on integer kernels
+# name: network, and its number of layers on integer kernels
 NETWORKS: dict[str, tuple[Any, int]] = {
     "subclassed layers": (subclassed, 2),
     "batch-norm with activation inside": (

@@ -1,4 +1,4 @@
-"""QuantizationAwareTraining in somebody else's LightningModule."""
+"""QuantizationAwareTraining in a user's LightningModule."""
 
 import copy
 import pickle
@@ -54,7 +54,7 @@ def test_int8_is_what_was_trained_bit_for_bit_also_in_onnx_runtime(fitted: Any) 
     ]  # fmt: skip
     x, _ = images(count=256, seed=5)
     assert int8_apart(callback, x) < 1e-6
-    x = x * 1.5  # leaves the observed ranges, where torch's kernels saturate without VNNI
+    x = x * 1.5  # outside the observed ranges, torch's kernels saturate without VNNI
     with torch.no_grad():
         expected = module.eval().net(x)
     (found,) = in_onnx_runtime(module.net, x)
@@ -94,7 +94,7 @@ def test_validation_inside_fit_moves_no_scale(no_int8: Any, tmp_path: Path) -> N
 
 
 class Worsens(SmallModule):
-    """Its first epoch is its best."""
+    """A module whose first epoch is the best."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", float(self.current_epoch))

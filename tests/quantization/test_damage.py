@@ -30,7 +30,7 @@ def decibels(expected: Tensor, found: Tensor) -> float:
 
 
 def first_output(net: Any, module: str, x: Tensor) -> Tensor:
-    """What the first call of a submodule gives."""
+    """Return the output of the first call of a submodule."""
     given: list[Tensor] = []
     handle = net.get_submodule(module).register_forward_hook(lambda *args: given.append(args[2]))
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_every_integer_layer_has_a_row_under_its_name(net: Any) -> None:
 
 
 def test_figures_are_those_of_a_direct_computation(net: Any) -> None:
-    x = images(count=70, seed=5)[0]  # more than one batch, the last of them smaller
+    x = images(count=70, seed=5)[0]  # more than one batch, and a smaller last one
     row = row_of(layer_damage(net, x), "block.conv1")
     in_float = detach(copy.deepcopy(net))
     expected = first_output(in_float, "block.relu", x)
@@ -117,7 +117,7 @@ def test_the_network_stays_as_it_was(net: Any) -> None:
 
 
 def with_a_broken_weight(name: str) -> nn.Module:
-    """One huge output channel that its ReLU cuts off: it leaves the others no integers."""
+    """Make one huge output channel that its ReLU removes. It takes the others' precision."""
     torch.manual_seed(0)
     net = SmallNet()
     batch_norm = net.get_submodule(name)
@@ -177,7 +177,7 @@ def test_a_layer_that_rounds_behind_its_clamp_is_judged_there(clamp: nn.Module, 
 
 
 class InPlace(nn.Module):
-    """The second reader of a convolution overwrites it."""
+    """A network whose second use of a convolution's output changes it in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ def test_layers_that_work_in_place_are_compared_before_they_do() -> None:
 
 
 class Shared(nn.Module):
-    """One convolution, called on two scales."""
+    """One convolution, called at two scales."""
 
     def __init__(self) -> None:
         super().__init__()

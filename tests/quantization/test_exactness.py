@@ -1,4 +1,4 @@
-"""Evaluation computes what integer kernels compute: also with odd numbers and few bits."""
+"""Evaluation gives the results of integer kernels, also for odd numbers and few bits."""
 
 import dataclasses
 import math
@@ -16,12 +16,12 @@ from tests.quantization.comparisons import apart
 from tests.quantization.networks import SmallNet, images
 from tests.quantization.training import Forms, forms, trained
 
-BRIGHT = images(64, seed=3)[0] * 1.7  # leaves the ranges that training has seen
+BRIGHT = images(64, seed=3)[0] * 1.7  # outside the ranges of the training
 HOLDS_255 = torch.cpu._is_vnni_supported()
 
 
 def worst(net: nn.Module, found: Forms) -> float:
-    """How far torch's kernels are off, within the ranges that training has seen."""
+    """Return the distance of torch's kernels, within the ranges of the training."""
     x, _ = images(64, seed=4)
     with torch.no_grad():
         return apart(net(x), found.int8_model(x))
@@ -103,7 +103,7 @@ def test_a_channel_without_weight_in_batch_norm_gives_its_bias_and_costs_the_oth
 
 
 def test_the_numbers_are_those_of_the_definition_of_integer_arithmetic() -> None:
-    """In numpy: sums of integers, an integer bias, one multiplication, one rounding."""
+    """Compute in numpy: sums of integers, an integer bias, one multiplication, one rounding."""
     net: Any = nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), nn.ReLU())
     nn.init.uniform_(net[1].weight, -1, 1)
     x = images(16)[0]
@@ -132,7 +132,7 @@ def test_the_numbers_are_those_of_the_definition_of_integer_arithmetic() -> None
 
 
 def test_sums_that_float32_cannot_hold_are_exact() -> None:
-    """8,000 products of up to 127 x 127 are more than 2**24, beyond which float32 rounds."""
+    """8,000 products of up to 127 x 127 exceed 2**24. Above that, float32 rounds integers."""
     torch.manual_seed(0)
     net: Any = nn.Sequential(nn.Linear(8000, 16))
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_sums_that_float32_cannot_hold_are_exact() -> None:
 
 
 def test_a_bias_of_a_layer_without_weights_of_its_size_survives() -> None:
-    """In steps of such small weights, 32 bits do not hold the bias."""
+    """With such small weights, the bias does not fit into 32 bits."""
     net: Any = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
     with torch.no_grad():
         net[0].weight.mul_(1e-6)
@@ -159,7 +159,7 @@ def test_a_bias_of_a_layer_without_weights_of_its_size_survives() -> None:
 
 
 class Masked(nn.Module):
-    """A mask that lets everything through, as attention has one where nothing is hidden."""
+    """A mask that lets all values through, as in attention without hidden positions."""
 
     def __init__(self) -> None:
         super().__init__()

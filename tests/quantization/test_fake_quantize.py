@@ -1,4 +1,4 @@
-"""Fake-quantizers round as torch's kernels do, learn as the papers say, and let no GPU wait."""
+"""Fake-quantizers round like torch's kernels, learn like the papers, and do not read a GPU."""
 
 import copy
 import math
@@ -73,7 +73,7 @@ def test_scales_and_rounding_of_activations_are_those_of_torch(
             assert fake_quant.qparams()[1].item() == zero_point.item()
     x = (3 * torch.randn(40, 7)).requires_grad_()
     scale, zero_point = fake_quant.qparams()
-    # the range that was observed maps to 0..highest, and the kernels clip at 255
+    # The observed range becomes 0..highest, and the kernels clip at 255.
     expected = torch.fake_quantize_per_tensor_affine(x, float(scale), int(zero_point), 0, 255)
     torch.testing.assert_close(fake_quant(x), expected, rtol=0, atol=1e-6)
     upstream = torch.randn(40, 7)
@@ -81,7 +81,7 @@ def test_scales_and_rounding_of_activations_are_those_of_torch(
     assert torch.equal(*pair)
 
 
-KNOBS: dict[str, tuple[st.SearchStrategy[Any], list[Any]]] = {  # what is permitted, what is not
+KNOBS: dict[str, tuple[st.SearchStrategy[Any], list[Any]]] = {  # permitted values, refused values
     "engine": (st.sampled_from(get_args(Engine)), ["cudnn", None, 1]),
     "weight_bits": (st.integers(2, 8), [0, 1, 9, -4, 4.0, "4", True, None, 10**9]),
     "activation_bits": (st.integers(2, 8), [0, 1, 9, -4, 4.0, "4", True, None, 10**9]),
@@ -152,13 +152,13 @@ def straight_through(x: Tensor) -> Tensor:
 def by_autograd(
     x: Tensor, scale: Tensor, offset: Tensor, zero_point: Any, limits: tuple[int, int]
 ) -> Tensor:
-    """The formula of the papers, differentiated by torch."""
+    """Return the formula of the papers, differentiated by torch."""
     integers = straight_through(((x - offset) / scale + zero_point).clamp(*limits))
     return (integers - zero_point) * scale + offset
 
 
 def rounds_into(x: Tensor, scale: Tensor, zero_point: Any, limits: tuple[int, int]) -> Tensor:
-    """Where torch's fake-quantizers have a gradient."""
+    """Return True where torch's fake-quantizers have a gradient."""
     integers = (x / scale).round() + zero_point
     return (integers >= limits[0]) & (integers <= limits[1])
 
@@ -208,7 +208,7 @@ def test_a_learned_scale_starts_from_the_mean_of_the_first_training_step(
 ) -> None:
     fake_quant = LearnedScaleFakeQuantize(QCONFIGS["w4a4_lsq"])
     x = torch.randn(16, 30) + shift
-    fake_quant(5 * x)  # what comes before training does not count
+    fake_quant(5 * x)  # calls before training do not count
     observed(fake_quant, x)
     observed(fake_quant, 3 * x)
     assert fake_quant.qparams()[1].item() == zero_point
@@ -217,7 +217,7 @@ def test_a_learned_scale_starts_from_the_mean_of_the_first_training_step(
 
 
 class Waits(TorchDispatchMode):
-    """Counts where Python asks a tensor for its value, for which a GPU has to be waited for."""
+    """Count the reads of tensor values by Python, because each read waits for the GPU."""
 
     count = 0
 

@@ -1,4 +1,4 @@
-"""Batch-norm and observers freeze at absolute epochs, however the run got there."""
+"""Batch-norm and observers freeze at absolute epochs, also in a resumed run."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("no_int8")
 
 
 class Recorder(pl.Callback):
-    """A statistic of batch-norm, a scale and a weight at the end of every epoch."""
+    """Record a statistic of batch-norm, a scale and a weight at the end of every epoch."""
 
     def __init__(self) -> None:
         self.epochs: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -73,7 +73,7 @@ def test_a_second_fit_trains_batch_norm_again_until_its_epoch(tmp_path: Path) ->
 
 
 class ThawsTheStem(BaseFinetuning):
-    """Trains the stem from the second epoch on."""
+    """Train the stem from the second epoch on."""
 
     def freeze_before_training(self, pl_module: Any) -> None:
         self.freeze(pl_module.net.stem, train_bn=False)

@@ -1,4 +1,4 @@
-"""What cannot work is refused, with the reason and the way out."""
+"""Impossible combinations are refused, with the reason and a solution."""
 
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def test_a_target_with_nothing_to_quantize_is_refused(tmp_path: Path) -> None:
 
 
 class Branching(SmallNet):
-    """Its forward depends on the values in its input."""
+    """A network whose forward depends on the values of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if x.sum() > 0 else -x)
@@ -63,7 +63,7 @@ def test_a_network_that_torch_cannot_export_is_refused_with_a_way_out(tmp_path: 
 
 
 class TakesTurns(SmallNet):
-    """Calls other layers from step to step."""
+    """A network that calls other layers in each step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class TakesTurns(SmallNet):
 
 
 def test_other_layers_from_step_to_step_are_refused(tmp_path: Path) -> None:
-    match = r"training calls 'other/conv2d.0' in some steps only.*no one INT8 model"
+    match = r"training calls 'other/conv2d.0' in some steps only.*no single INT8 model"
     refused(match, tmp_path, SmallModule(TakesTurns()))
 
 
@@ -160,7 +160,7 @@ def test_a_network_behind_another_name_is_quantized_all_the_same(tmp_path: Path)
 
 
 class Diverges(SmallModule):
-    """The last batch of each epoch holds an infinity, in an image or in the loss."""
+    """A module with an infinity in the last batch of each epoch, in an image or in the loss."""
 
     where = ""
 
@@ -261,7 +261,7 @@ def test_averaging_before_quantizing_is_refused(average: pl.Callback, tmp_path: 
 
 
 class BringsItsData(SmallModule):
-    """Has a batch size that can be found."""
+    """A module whose batch size can be found."""
 
     batch_size = 16
 

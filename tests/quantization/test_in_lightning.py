@@ -1,4 +1,4 @@
-"""The callback beside what else people use of Lightning."""
+"""The callback together with other features of Lightning."""
 
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def test_stochastic_weight_averaging_ends_with_averaged_weights(tmp_path: Path) 
     trainer_with(callback, swa, folder=tmp_path, max_epochs=12).fit(module, loader())
     averaged: Any = swa._average_model
     converted: Any = callback.networks["fake_quant"]
-    # Lightning's pass for batch-norms ends with a step of the optimizer, of a float network too
+    # Lightning's pass for batch-norm ends with an optimizer step, also for a float network.
     assert torch.allclose(averaged.net.fc.weight, converted.fc.weight, rtol=0, atol=0.05)
     x, labels = images(count=256, seed=5)
     assert int8_apart(callback, x) < 1e-5
@@ -132,7 +132,7 @@ def test_the_checkpoint_of_an_exception_holds_the_scales(no_int8: Any, tmp_path:
 
 
 class BuildsInSetup(SmallModule):
-    """Builds its network when it knows its data."""
+    """Build the network in `setup`, when the data are known."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ def test_a_network_that_is_built_late_is_quantized(kind: type[SmallModule], tmp_
 
 
 class OwnsItsLayers(pl.LightningModule):
-    """Its layers, and its forward, are its own."""
+    """A LightningModule with its own layers and its own forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ def test_a_module_with_a_forward_of_its_own_is_quantized_as_a_whole(tmp_path: Pa
 
 
 class Gan(pl.LightningModule):
-    """Two networks that are optimized in turns, by hand."""
+    """Two networks with manual optimization in turns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ class Gan(pl.LightningModule):
 def test_two_callbacks_quantize_both_networks_of_a_gan(tmp_path: Path) -> None:
     module = Gan()
     first = QuantizationAwareTraining("qnnpack", target="generator")
-    # what is made and what is real have ranges of their own
+    # Generated and real images have different ranges.
     second = QuantizationAwareTraining(QConfig(observer="min_max"), target="discriminator")
     trainer = trainer_with(first, second, folder=tmp_path)
     trainer.fit(module, loader())

@@ -36,7 +36,7 @@ def test_scales_are_trained_saved_and_continued_to_the_bit(no_int8: Any, tmp_pat
     assert same(scales(module.net), scales(continued.net))
     assert same(dict(module.net.state_dict()), dict(continued.net.state_dict()))
     learned = [name for name, _ in module.named_parameters() if name.endswith(".scale")]
-    assert len(learned) == 4  # two weights, and what the two layers take in
+    assert len(learned) == 4  # two weights, and the inputs of the two layers
     for name in (x.removeprefix("quantization_of_net.") for x in learned):
         assert not torch.equal(early[name], late[name]), f"{name} learns nothing"
         assert not torch.equal(late[name], scales(module.net)[name]), "frozen with the observers"
@@ -91,7 +91,7 @@ class TrainsTheHead(SmallModule):
 
 @pytest.mark.parametrize(
     ("module", "message"),
-    [(Decays, "weight decay draws learned scales to 0"), (TrainsTheHead, "no optimizer has all")],
+    [(Decays, "weight decay moves learned scales to 0"), (TrainsTheHead, "no optimizer has all")],
 )
 def test_optimizers_that_would_harm_scales_are_told_of(
     module: type[SmallModule], message: str, tmp_path: Path
@@ -102,7 +102,7 @@ def test_optimizers_that_would_harm_scales_are_told_of(
 
 
 class StepsTooFar(SmallModule):
-    """As a large learning rate would, and with two views of each image in a step."""
+    """Take too large steps, with two views of each image in a step."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)

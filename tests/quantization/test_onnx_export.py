@@ -1,4 +1,4 @@
-"""ONNX files of small lowered networks, run in ONNX Runtime with all its optimizations."""
+"""ONNX files of small lowered networks in ONNX Runtime, with all its optimizations."""
 
 import dataclasses
 import sys
@@ -27,9 +27,9 @@ def quantized(x: Tensor, scale: float, zero_point: int = 0, high: int = 255) -> 
 
 
 class Layer(nn.Module):
-    """Integer weights and bias, whose dequantized values a function takes.
+    """A layer with integer weights and bias. A function takes their dequantized values.
 
-    All scales are powers of two, so floats compute exactly what integers do.
+    All scales are powers of two, so floats give exactly the results of integers.
     """
 
     def __init__(self, *shape: int, x_scale: float) -> None:
@@ -50,7 +50,7 @@ class Layer(nn.Module):
 
 
 class Network(nn.Module):
-    """A padded convolution of few bits, a residual sum, and a linear layer."""
+    """A padded convolution with few bits, a residual sum, and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()

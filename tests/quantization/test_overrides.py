@@ -1,4 +1,4 @@
-"""Layers with a qconfig of their own."""
+"""Layers with their own qconfig."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tests.quantization.training import forms, trained
 
 
 def scheme_of(overrides: dict[Any, Any], base: str = "x86", net: nn.Module | None = None) -> Any:
-    """A prepared network with these overrides."""
+    """Return the quantization of a network with these overrides."""
     net = net or SmallNet()
     found = Overrides(QCONFIGS[base], overrides, None)
     quantization = prepare(net, (images(2)[0],), {}, found.of(net))
@@ -43,7 +43,7 @@ def test_layers_are_kept_in_float_by_name_or_type(key: Any, kept: set[str]) -> N
     layers = {name.rpartition(".")[0] for name in quantization.plan.weights}
     assert layers == {"stem.0", "block.conv1", "block.conv2", "fc"} - kept
     sums = [call.layer for call in quantization.plan.calls.values() if call.kind == "sum"]
-    # a sum of two values that nobody has rounded is left in float
+    # A sum of two values that were not rounded stays in float.
     assert sums == ([] if key in ("block.add", "block", Block, nn.Conv2d) else ["block.add"])
 
 
@@ -85,7 +85,7 @@ def test_the_bits_of_one_layer_are_those_of_what_it_takes_in(
 def test_both_sides_of_a_sum_and_the_ends_keep_8_bits() -> None:
     quantization: Any = scheme_of({}, "w2a2")
     limits = {name: x.limits for name, x in quantization.activations.items()}
-    narrow = {"block/conv1/conv2d/0:out", "stem/0/conv2d/0:out"}  # what layers of 2 bits take in
+    narrow = {"block/conv1/conv2d/0:out", "stem/0/conv2d/0:out"}  # inputs of the layers with 2 bits
     assert {name for name, x in limits.items() if x == (0, 3)} == narrow
     assert {x for name, x in limits.items() if name not in narrow} == {(0, 255)}
     everywhere = QConfig(weight_bits=4, activation_bits=4, wide_ends=False)
@@ -95,7 +95,7 @@ def test_both_sides_of_a_sum_and_the_ends_keep_8_bits() -> None:
 
 
 class SharesAWeight(nn.Module):
-    """The first, the second and the last layer have one weight, at 8, 2 and 8 bits."""
+    """The first, the second and the last layer share one weight, at 8, 2 and 8 bits."""
 
     def __init__(self) -> None:
         super().__init__()

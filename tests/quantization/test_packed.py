@@ -1,4 +1,4 @@
-"""The bytes of a network whose weights are packed at their bits."""
+"""The bytes of a network with weights packed at their bits."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from tests.deployment.artifacts import calibrated
 from tests.quantization.networks import SmallNet, images
 
 CONVOLUTIONS, FC = 8 * 3 * 9 + 2 * 8 * 8 * 9, 4 * 8  # weights of SmallNet
-CHANNELS = 3 * 8 + 4  # of its outputs: each has a scale, and a bias, of batch-norm or its own
+CHANNELS = 3 * 8 + 4  # output channels: each has a scale and a bias
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

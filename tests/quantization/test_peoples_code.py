@@ -1,4 +1,4 @@
-"""Training code as people write it: what they hold of their network stays true."""
+"""Users' training code: references to parts of the network stay valid."""
 
 import copy
 from pathlib import Path
@@ -24,7 +24,7 @@ def fit(module: Any, folder: Path, **settings: Any) -> QuantizationAwareTraining
 
 
 class LearnsFeatures(SmallModule):
-    """Its loss has features that a hook on a block has seen."""
+    """A module whose loss uses the features that a hook on a block has seen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def test_a_hook_that_replaces_a_value_is_followed(tmp_path: Path) -> None:
 
 
 class FadesIn(SmallNet):
-    """A branch whose share grows while it trains."""
+    """A branch whose share grows during training."""
 
     alpha = 0.0
 
@@ -93,7 +93,7 @@ class HasFeatures(SmallNet):
 
 
 class CallsFeatures(SmallModule):
-    """Half of its loss comes from another method than ``forward``."""
+    """A module with half of its loss from another method than ``forward``."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
@@ -112,7 +112,7 @@ def test_another_method_than_forward_is_quantized_too(tmp_path: Path) -> None:
 
 
 class Momentum(SmallModule):
-    """An encoder that follows the trained one, parameter by parameter."""
+    """An encoder that follows the trained encoder, parameter by parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def test_a_momentum_encoder_follows_its_own_parameters(tmp_path: Path) -> None:
 
 
 class Compares(SmallModule):
-    """Calls its network with three tensors, one of them by keyword."""
+    """A module that calls its network with three tensors, one of them by keyword."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, labels = batch

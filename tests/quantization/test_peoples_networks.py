@@ -1,4 +1,4 @@
-"""Networks as people write them: each trains, and its integers are those that were trained."""
+"""Networks of many styles can be trained, and keep their trained integers after conversion."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ from tests.quantization.peoples_networks import NETWORKS, KeywordsOnly, Siamese
 
 
 def called(net: nn.Module, x: Tensor, labels: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What ``net`` is called with for a batch of images."""
+    """Return the arguments of ``net`` for a batch of images."""
     if isinstance(net, KeywordsOnly):
         return (), {"pixel_values": x, "labels": labels}
     if isinstance(net, Siamese):
@@ -30,7 +30,7 @@ def called(net: nn.Module, x: Tensor, labels: Tensor) -> tuple[tuple[Any, ...], 
 
 
 class Trains(pl.LightningModule):
-    """Trains whatever network, towards small outputs."""
+    """Train any network, towards small outputs."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

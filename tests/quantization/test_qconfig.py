@@ -1,4 +1,4 @@
-"""Which qconfigs can be used, and where."""
+"""Usable qconfigs, and the places where they can be used."""
 
 from pathlib import Path
 from typing import Any

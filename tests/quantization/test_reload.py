@@ -1,4 +1,4 @@
-"""Checkpoints of a quantization run: continued, and reloaded in another process."""
+"""Checkpoints of a quantization run: resumed, and loaded in another process."""
 
 import copy
 import subprocess
@@ -28,14 +28,14 @@ from tests.quantization.networks import (
 
 
 def same_batches() -> DataLoader[tuple[Tensor, ...]]:
-    """Four times the same batch: a plain DataLoader does not go on inside an epoch."""
+    """Return four equal batches, because a plain DataLoader cannot resume inside an epoch."""
     x, labels = images(count=16)
     return DataLoader(TensorDataset(x.repeat(4, 1, 1, 1), labels.repeat(4)), batch_size=16)
 
 
 @dataclass
 class Run:
-    """What a fit has ended with."""
+    """The results of a fit."""
 
     folder: Path
     module: SmallModule
@@ -48,7 +48,7 @@ class Run:
 
 
 def fit(folder: Path, ckpt_path: Path | None = None, **settings: Any) -> Run:
-    """Four epochs with a checkpoint at every step, or what is left of them."""
+    """Train four epochs with a checkpoint at every step, or resume such a fit."""
     torch.manual_seed(0)
     module = SmallModule()
     callback = QuantizationAwareTraining(
@@ -99,7 +99,7 @@ def test_a_checkpoint_reloads_into_a_fresh_module_and_is_trained_on(
     callback, fresh = QuantizationAwareTraining(), SmallModule()
     module: Any = callback.load(fresh, whole.folder / "last.ckpt")
     assert module is fresh
-    assert "fp32" not in callback.networks  # only `fit` has seen what it was trained from
+    assert "fp32" not in callback.networks  # only `fit` has seen the float network
     x, _ = images()
     assert torch.equal(callback.int8_model(x), whole.callback.int8_model(x))
     trainer = trainer_with(folder=whole.folder)
@@ -159,7 +159,7 @@ def test_a_saved_checkpoint_gives_the_same_int8_model(
 
 
 class HoldsItsNetwork(pl.LightningModule):
-    """The network is an argument, and so one of the hyper-parameters."""
+    """A module with the network as an argument, and so as one of the hyperparameters."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ def leave_a_mark(path: str) -> None:
 
 
 class Planted:
-    """Its pickle calls a function."""
+    """An object whose pickle calls a function."""
 
     def __reduce__(self) -> Any:
         return leave_a_mark, ("planted",)

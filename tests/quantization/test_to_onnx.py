@@ -1,4 +1,4 @@
-"""`lightning_qat.to_onnx`: any network as ONNX, with the names of its own arguments."""
+"""`lightning_qat.to_onnx` exports any network as ONNX, with the names of its arguments."""
 
 import copy
 from typing import Any
@@ -31,7 +31,7 @@ class TwoInputs(nn.Module):
 
 
 class Around(nn.Module):
-    """Somebody's pre-processing around a network."""
+    """A user's pre-processing around a network."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""OpenVINO fuses operations, and none of their roundings gets lost."""
+"""OpenVINO fuses operations, and keeps all their roundings."""
 
 import openvino
 import pytest

@@ -1,4 +1,4 @@
-"""torch's integer kernels against the lowered graph that they come from, run as it is."""
+"""torch's integer kernels give the same results as their lowered graph."""
 
 import copy
 import io
@@ -20,7 +20,7 @@ from lightning_qat.quantization.torch_model import Int8Model, quantized_engine, 
 
 Q: Any = torch.ops.lightning_qat
 ENGINES = ["x86", "fbgemm", "onednn", "qnnpack"]
-STEP = (0.05, 60)  # of inputs within -3..3: integers within 0..127, which saturate on no CPU
+STEP = (0.05, 60)  # step of inputs in -3..3: integers in 0..127, which saturate on no CPU
 
 
 def rounded(x: Tensor, scale: float, zero_point: int, *limits: Any) -> Tensor:
@@ -29,7 +29,7 @@ def rounded(x: Tensor, scale: float, zero_point: int, *limits: Any) -> Tensor:
 
 
 class Lowered(nn.Module):
-    """A layer with integers in and out, as `lower` writes it."""
+    """A layer with integers in and out, in the form of `lower`."""
 
     def __init__(self, layer: Any, name: str = "block.layer", one_scale: bool = False) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Lowered(nn.Module):
 
 
 class Net(nn.Module):
-    """Rounds its input, calls `then`, and rounds what it gives by `step` unless that is None."""
+    """A network that rounds its input, calls `then`, and rounds the output by `step`, if any."""
 
     def __init__(self, then: Any, step: Any = (0.05, 40), limits: Any = (0, 255, False)) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def image(*shape: int) -> Tensor:
 
 
 def check(net: Net, x: Tensor, engine: str = "x86", copies: bool = True) -> Int8Model:
-    """Compare the INT8 model of `net` with its lowered graph, and copies of it with it."""
+    """Compare the INT8 model of `net` with its lowered graph and with its copies."""
     graph = lowered(net, x)
     model = to_torch_kernels(graph, engine)
     expected, found = graph(x), model(x)

@@ -1,4 +1,4 @@
-"""A torch of the future, without torch.ao: training, resuming, ONNX and the INT8 model work."""
+"""Training, resuming, ONNX and the INT8 model work in a future torch without torch.ao."""
 
 import subprocess
 import sys

@@ -22,7 +22,7 @@ def trained(
     steps: int = 2,
     lr: float = 0.01,
 ) -> Quantization:
-    """Give ``net`` a quantization whose ranges have seen ``x``, and leave it in evaluation mode."""
+    """Quantize ``net`` with ranges from ``x``, and leave it in evaluation mode."""
     scheme = QCONFIGS[qconfig] if isinstance(qconfig, str) else qconfig
     quantization = prepare(net, (x[:2],), {}, qconfig_of or (lambda _: scheme))
     optimizer = torch.optim.SGD([*net.parameters(), *quantization.parameters()], lr=lr)
@@ -41,7 +41,7 @@ def trained(
 
 @dataclass
 class Forms:
-    """What the forms of a network give."""
+    """The outputs of the forms of a network."""
 
     fake_quant: Tensor
     kernels: Tensor

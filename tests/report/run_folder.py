@@ -1,4 +1,4 @@
-"""Finished runs as train.py leaves them, with a network that was never trained behind them."""
+"""Finished runs in the form of train.py, with an untrained network."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ IMAGES = 2000
 def make_run(
     stage: str, folder: Path, class_names: list[str] | None = None
 ) -> tuple[dict[str, Any], Evidence]:
-    """The metrics and the evidence of one run, whose metrics.json and curves lie in `folder`."""
+    """Return metrics and evidence of one run. Write its metrics.json and curves to `folder`."""
     class_names = class_names or [str(digit) for digit in range(10)]
     evidence = make_evidence(stage, class_names)
     metrics: dict[str, Any] = {
@@ -50,7 +50,7 @@ def make_run(
         },
         "command": f"python train.py stage={stage} data=digits",
         "weights_sha256": None if stage == "fp32" else 64 * "0",
-        "environment": {  # as `environment` gives it
+        "environment": {  # in the form of `environment`
             "torch": "2.15.0+cu132",
             "python": "3.11.7",
             "cpu": "AMD EPYC",
@@ -72,7 +72,7 @@ def make_run(
 
 
 def make_evidence(stage: str, class_names: list[str]) -> Evidence:
-    """Logits that are right on about nine images in ten, and nearly the same in INT8."""
+    """Return logits that are right on about nine images in ten, and nearly the same in INT8."""
     torch.manual_seed(0)
     classes = len(class_names)
     labels = torch.randint(classes, (IMAGES,))
@@ -89,7 +89,8 @@ def make_evidence(stage: str, class_names: list[str]) -> Evidence:
         {
             "name": name,
             "kind": "ConvReLU2d",
-            "sqnr_db": 24.0 + rank / 2 if rank > 1 else None,  # of a layer that gives only zeros
+            # None = a layer with only zeros as output
+            "sqnr_db": 24.0 + rank / 2 if rank > 1 else None,
             "own_sqnr_db": 30 + rank if rank else None,
             "weight_min": -0.31,
             "weight_max": 0.42,

@@ -1,4 +1,4 @@
-"""Jobs of a multirun as train.py leaves them, written in an instant."""
+"""Jobs of a multirun in the form of train.py, written without running train.py."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ NET = {"_target_": "lightning_qat.network.resnet18", "_partial_": True, "stem": 
 
 
 def add_job(sweep: Path, *overrides: str, **changes: Any) -> Path:
-    """One more finished job; a dotted name in `changes` has __ for its dots."""
+    """Add a finished job. A dotted name in `changes` has __ instead of dots."""
     folder = _add(sweep, overrides)
     metrics, _ = make_run("fp32" if "stage=fp32" in overrides else "qat", folder)
     metrics["accuracy"] |= {"fp32": 0.95} | ({} if "stage=fp32" in overrides else {"int8": 0.94})
@@ -31,7 +31,7 @@ def add_job(sweep: Path, *overrides: str, **changes: Any) -> Path:
 
 
 def add_failed_job(sweep: Path, message: str, *overrides: str, status: int = 2) -> Path:
-    """One that gave up."""
+    """Add a failed job."""
     folder = _add(sweep, overrides)
     (folder / "failure.json").write_text(json.dumps({"status": status, "message": message}))
     return folder
@@ -51,6 +51,6 @@ def _add(sweep: Path, overrides: tuple[str, ...]) -> Path:
 
 
 def validated(share: float, divergence: float = 0.01, fp32: float = 0.95) -> dict[str, Any]:
-    """Changes for `add_job`: what a run with 1000 validation images has recorded."""
+    """Return changes for `add_job`: the record of a run with 1000 validation images."""
     accuracy = {"fp32": fp32, "int8": share}
     return {"validation": {"images": 1000, "accuracy": accuracy, "divergence": divergence}}

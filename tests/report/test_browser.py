@@ -1,4 +1,4 @@
-"""report.html in a real browser, where one is installed."""
+"""report.html in a real browser, if one is installed."""
 
 import json
 import re
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(BRO
 
 
 def browse(page: Path, folder: Path) -> tuple[Page, list[str], list[str]]:
-    """The page as the browser understood it, what it wrote to the console, what it asked for."""
+    """Return the page as read by the browser, its console output, and its requests."""
     log = folder / "net.json"
     done = subprocess.run(
         [
@@ -41,7 +41,7 @@ def browse(page: Path, folder: Path) -> tuple[Page, list[str], list[str]]:
 
 
 def requests(log: Path) -> list[str]:
-    """URLs that pages asked for; the browser's own have no origin."""
+    """Return the URLs that pages requested. Requests of the browser itself have no origin."""
     events = [event.get("params") or {} for event in json.loads(log.read_text())["events"]]
     asked = [
         x for x in events if "url" in x and x.get("initiator", "not an origin") != "not an origin"
@@ -87,7 +87,7 @@ def test_page_of_a_sweep_works_in_a_browser_and_on_a_phone(tmp_path: Path) -> No
 
 
 def check_width(page: Path, folder: Path) -> None:
-    frame = folder / "frame.html"  # a window of its own has a least width
+    frame = folder / "frame.html"  # a real window has a minimum width
     frame.write_text(
         f"<iframe src='{page.as_uri()}' style='width:360px;height:800px;border:0'></iframe><script>"
         "onload = () => { const page = frames[0].document.documentElement;"

@@ -1,4 +1,4 @@
-"""What a multirun ends with: sweep.html, sweep.csv, an answer, and an exit status."""
+"""The end of a multirun: sweep.html, sweep.csv, an answer, and an exit status."""
 
 import csv
 import shutil
@@ -21,7 +21,7 @@ def config(sweep: Path, **budget: Any) -> Any:
 
 
 def end(sweep: Path, **budget: Any) -> int:
-    """What Hydra does after the jobs; gives the exit status."""
+    """Run the code that Hydra calls after the jobs; return the exit status."""
     with pytest.raises(SystemExit) as raised:
         SweepReport().on_multirun_end(config(sweep, **budget))
     return int(str(raised.value.code))
@@ -33,7 +33,7 @@ def page(sweep: Path) -> Page:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, exported: dict[str, Path]) -> Path:
-    """Two configurations with real files, one of them of two seeds, and a failed job."""
+    """Return two configurations with real files, one with two seeds, and a failed job."""
     sweep = tmp_path_factory.mktemp("a sweep")
     for name, seed, share, size in (("a", 0, 0.94, 9), ("a", 1, 0.92, 9), ("b", 0, 0.9, 4)):
         job = add_job(
@@ -50,7 +50,7 @@ def test_one_command_gives_one_answer(
     finished: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    assert end(finished, megabytes=5) == 2  # that of the failed job
+    assert end(finished, megabytes=5) == 2  # the status of the failed job
     printed = capfd.readouterr().out
     assert "Best within 5 MB: qconfig=b (90.00% on the test set, 4.00 MB, " in printed
     assert f"The whole sweep: {finished}/sweep.html" in printed
@@ -68,7 +68,7 @@ def test_one_command_gives_one_answer(
     assert "Best within 5 MB: qconfig=b" in seen.words
     assert "1 of 4 jobs failed" in seen.words
     assert "failed 9 bits do not fit <b>quint8</b>: take 8." in seen.words
-    assert "All of them with data=digits, and each with:" in seen.words
+    assert "All runs have data=digits. Each run also has:" in seen.words
     assert "3qconfig=<w9> failed" in seen.words
     assert "python train.py -m qconfig=a,b data=digits" in seen.words
     (speed,) = [words for words in seen.words.split("Fastest on the front")[1:]]

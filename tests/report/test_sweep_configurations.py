@@ -77,7 +77,7 @@ def test_a_configuration_is_named_by_what_it_alone_has(tmp_path: Path) -> None:
 
 @pytest.fixture
 def five(tmp_path: Path) -> dict[str, Configuration]:
-    """Validation accuracy, packed MB and ms of each; the test set would choose otherwise."""
+    """Return configurations by name. The test set would rank them differently."""
     for name, share, size in (("a", 0.94, 9), ("b", 0.93, 9), ("c", 0.92, 4), ("d", 0.90, 4),
                               ("e", 0.80, 9)):  # fmt: skip
         add_job(tmp_path, f"qconfig={name}", accuracy__int8=1.7 - share,
@@ -98,7 +98,7 @@ def test_front_holds_the_best_under_any_budget(five: dict[str, Configuration]) -
         return "".join(n for n, x in five.items() if x in front(all_, by, costs))  # type: ignore[arg-type]
 
     assert names(megabytes) == "ac"
-    assert names(milliseconds) == "ae"  # b is 2 % faster than a: level
+    assert names(milliseconds) == "ae"  # b is 2 % faster than a, which counts as equal
     assert names(megabytes, milliseconds) == "acde"
 
 

@@ -1,4 +1,4 @@
-"""What the terminal shows at the end of a run."""
+"""The terminal output at the end of a run."""
 
 from pathlib import Path
 

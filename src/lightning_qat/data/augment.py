@@ -1,4 +1,4 @@
-"""Random crop, flip and cutout of whole uint8 batches, decided by (seed, epoch) alone."""
+"""Random crop, flip and cutout of whole uint8 batches. They depend only on (seed, epoch)."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -13,28 +13,29 @@ Flip = Literal["none", "random", "alternating"]
 
 
 def derived_seed(*keys: int) -> int:
-    """Make a 32-bit seed that differs between neighbouring keys, e.g. (0, 1) and (1, 0)."""
+    """Make a 32-bit seed that differs between similar keys, such as (0, 1) and (1, 0)."""
     return int(np.random.SeedSequence(keys).generate_state(1)[0])
 
 
 class Augmentation:
-    """Crops, flips and cuts holes into the images of one data set.
+    """Crop and flip the images of one data set, and paint squares over them.
 
-    The draws of an epoch are made for all images at once, on the CPU: an image's crop depends
-    neither on the batch it comes in, nor on the device, nor on what ran before.
+    The random numbers of an epoch are drawn for all images at once, on the CPU. So the crop of an
+    image does not depend on its batch, on the device, or on earlier computations.
 
     Args:
         count: number of images in the data set.
         size: height and width of an image, in pixels.
         padding: pixels added on each side before a crop of `size` is taken; 0 = no crop.
-        padding_mode: what is added: `reflect` (like numpy's) or `constant` (zeros).
-        flip: mirror left-right: none of the images (``none``); each with a chance of one half
-            (``random``); or each in every other epoch, from a random one of the first two on
-            (``alternating``: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024).
-        cutout: side in pixels of a square that is painted over, 0 = none; its centre is anywhere in
+        padding_mode: content of the added pixels: `reflect` (as in numpy) or `constant` (zeros).
+        flip: which images are mirrored left-right. ``none`` = no image. ``random`` = each image
+            with a probability of one half. ``alternating`` = each image in every second epoch; the
+            first of these epochs is 0 or 1 at random (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a
+            Single GPU", 2024).
+        cutout: side in pixels of a square that is painted over, 0 = none. Its center is anywhere in
             the image (DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks
             with Cutout", 2017).
-        fill: the colour of that square, per channel, 0 to 255.
+        fill: color of that square, per channel, 0 to 255.
         seed: any non-negative integer.
     """
 
@@ -54,7 +55,7 @@ class Augmentation:
         self.zero_pad = padding if padding_mode == "constant" else 0
         self.flip, self.cutout = flip, cutout
         self._fill = torch.tensor(fill, dtype=torch.uint8)
-        # pixel coordinate after padding -> pixel coordinate in what the gather reads from
+        # Map each pixel coordinate after padding to the coordinate that the gather reads.
         coordinates = np.arange(size + 2 * self.zero_pad)
         if padding_mode == "reflect":
             coordinates = np.pad(coordinates, padding, mode="reflect")
@@ -62,11 +63,11 @@ class Augmentation:
         self._draws: tuple[int, Tensor] | None = None
 
     def __call__(self, images: Tensor, indices: Tensor, epoch: int) -> Tensor:
-        """Augment a batch; with nothing to do, the batch itself is returned.
+        """Augment a batch. Return the batch itself if no augmentation is on.
 
         Args:
             images: uint8, N x size x size x C, on any device.
-            indices: int64, N, on the same device: each image's place in the data set.
+            indices: int64, N, on the same device: the index of each image in the data set.
             epoch: the current epoch, counted from 0.
 
         Returns:
@@ -85,7 +86,7 @@ class Augmentation:
         n, height, width, channels = images.shape
         image_starts = torch.arange(0, n * height, height, device=images.device)[:, None]
         pixels = ((image_starts + rows) * width)[:, :, None] + columns[:, None, :]
-        # one flat gather of whole pixels: over twice as fast as indexing with three tensors
+        # One flat gather of whole pixels is over twice as fast as indexing with three tensors.
         gathered = images.reshape(-1, channels).index_select(0, pixels.flatten())
         gathered = gathered.view(n, self.size, self.size, channels)
         if self.cutout:
@@ -96,9 +97,10 @@ class Augmentation:
         return gathered
 
     def _drawn(self, epoch: int, device: torch.device) -> Tensor:
-        """Top, left, mirrored (0 or 1), and the hole's first row and column, which may be negative.
+        """Return the random numbers of all images for an epoch: int64, count x 5.
 
-        Of every image, int64, count x 5; cached for the epoch.
+        The columns are: top, left, mirrored (0 or 1), and the first row and column of the painted
+        square, which may be negative. Cache them for the epoch.
         """
         if self._draws is None or self._draws[0] != epoch or self._draws[1].device != device:
             generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
@@ -108,7 +110,7 @@ class Augmentation:
 
             top, left, mirrored = draw(2 * self.padding), draw(2 * self.padding), draw(1)
             if self.flip == "alternating":
-                # no epoch's key: zeros at the end of one count for nothing
+                # The third key, 1, makes this seed different from the seed of every epoch.
                 for_all_epochs = torch.Generator().manual_seed(derived_seed(self.seed, 0, 1))
                 first = torch.randint(2, (self.count,), generator=for_all_epochs)
                 mirrored = (first + epoch) % 2

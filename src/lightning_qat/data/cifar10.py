@@ -24,14 +24,14 @@ CIFAR10_CLASSES = (
 
 
 class CIFAR10DataModule(ImageDataModule):
-    """CIFAR-10, byte for byte the official images, whichever source they come from.
+    """CIFAR-10, identical to the official images byte for byte, from every source.
 
     Args:
-        root: folder of the decoded cache `cifar10.npz`; official files lying there are used,
-            else the images are fetched.
-        sha1: digest of each batch in the official binary layout.
+        root: folder of the decoded cache `cifar10.npz`. If official files are in this folder, they
+            are used; otherwise the images are downloaded.
+        sha1: SHA-1 digest of each batch in the official binary layout.
 
-    For the other arguments see `ImageDataModule`.
+    See `ImageDataModule` for the other arguments.
     """
 
     def __init__(
@@ -66,10 +66,11 @@ class CIFAR10DataModule(ImageDataModule):
         self.sha1 = dict(sha1)
 
     def prepare_data(self) -> None:
-        """Make the cache where it is not there; safe in several processes at once.
+        """Make the cache if it does not exist. Several processes may call this at once.
 
         Raises:
-            UserError: no source has the images, one has wrong ones, or `root` is of no use.
+            UserError: no source has the images, a source has wrong images, or `root` cannot be
+                used.
         """
         build_cache(self.root, self.sha1)
 

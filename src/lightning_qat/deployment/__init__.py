@@ -1,1 +1,1 @@
-"""From a network to files that classify images, and what those are worth."""
+"""Export networks to files, and measure the files."""

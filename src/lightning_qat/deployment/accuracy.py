@@ -1,4 +1,4 @@
-"""Top-1 accuracy, agreement and divergence, on all validation or test images."""
+"""Top-1 accuracy, agreement and divergence on all validation or test images."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,13 +18,13 @@ Model = Callable[[Tensor], Tensor]
 def predict(
     models: dict[str, Model], loader: DataLoader[Batch], datamodule: ImageDataModule, doing: str
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Logits of every model, and the labels, over one of the data module's loaders, on the CPU.
+    """Return the logits of every model and the labels for all images of a loader, on the CPU.
 
     Args:
-        models: float images in [0, 1] -> logits.
-        loader: its validation or test loader.
-        datamodule: makes floats of the loader's bytes.
-        doing: what the progress bar says.
+        models: functions that turn float images in [0, 1] into logits.
+        loader: the validation or test loader of ``datamodule``.
+        datamodule: turns the bytes of the loader into floats.
+        doing: text of the progress bar.
 
     Returns:
         Logits by name, float32 N x classes, and labels, int64 N.
@@ -42,21 +42,21 @@ def predict(
 def predict_test_set(
     models: dict[str, Model], datamodule: ImageDataModule
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """``predict`` over the test set."""
+    """Return the result of ``predict`` for the test set."""
     return predict(models, datamodule.test_dataloader(), datamodule, "Testing")
 
 
 def validate(models: dict[str, Model], datamodule: ImageDataModule) -> dict[str, Any]:
-    """What one quantization may be preferred to another by: the test set must not decide.
+    """Measure the models on the validation images, because the test set must not choose a model.
 
     Args:
-        models: ``fp32`` and, where there is one, ``int8``.
-        datamodule: set up already.
+        models: ``fp32`` and, if it exists, ``int8``.
+        datamodule: data module after ``setup``.
 
     Returns:
         ``images``, their number; ``accuracy`` of each model; with an ``int8``, ``divergence``: the
-        mean of KL(FP32 || INT8) between the softmax outputs, in nats. It tells apart what agrees
-        on every image. Empty where nothing is validated.
+            mean of KL(FP32 || INT8) between the softmax outputs, in nats. It differs even between
+            models that agree on every image. Empty without validation images.
     """
     loader = datamodule.val_dataloader()
     if not isinstance(loader, DataLoader):
@@ -72,18 +72,18 @@ def validate(models: dict[str, Model], datamodule: ImageDataModule) -> dict[str,
 
 
 def divergence(logits: Tensor, others: Tensor) -> float:
-    """Mean over the images of KL(softmax of `logits` || softmax of `others`), in nats."""
+    """Return the mean over the images of KL(softmax(`logits`) || softmax(`others`)), in nats."""
     log_p, log_q = (x.double().log_softmax(1) for x in (logits, others))
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item()
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of images, 0..1, whose highest logit is the label's."""
+    """Return the share of images, 0..1, whose highest logit belongs to the label."""
     return (logits.argmax(1) == labels).double().mean().item()
 
 
 def agreement(logits: Tensor, others: Tensor) -> float:
-    """Share of images, 0..1, that two models put into the same class, right or wrong."""
+    """Return the share of images, 0..1, that two models put into the same class, right or wrong."""
     return (logits.argmax(1) == others.argmax(1)).double().mean().item()
 
 
@@ -92,30 +92,30 @@ def identical(logits: Tensor, others: Tensor) -> float:
     return (logits == others).all(1).double().mean().item()
 
 
-# The least share of images that two runtimes put into the same class.
+# The lowest permitted share of images that two runtimes put into the same class.
 AGREEMENT = {
     "onnx_vs_fake_quant": 1.0,
     "int8_vs_fake_quant": 0.999,
     "onnx_vs_int8": 0.999,
     "openvino_vs_int8": 0.995,
 }
-ACCURACY = 0.001  # how far the accuracies of the same integers may lie apart
-CHANCE = 1  # so many images may have two best classes one rounding apart, on any test set
+ACCURACY = 0.001  # the largest permitted difference between accuracies of the same integers
+CHANCE = 1  # images whose two best classes may differ by one rounding, in any test set
 
 
 def shortfalls(
     accuracies: dict[str, float], agreements: dict[str, float], images: int
 ) -> list[str]:
-    """Sentences that say where runtimes differ by more than they should."""
+    """Return sentences about runtimes that differ more than permitted."""
     found = []
     for name, share in agreements.items():
         bound = AGREEMENT.get(name.replace("_uint8", ""), 1.0)
         if (1 - share) * images > max(CHANCE, (1 - bound) * images) + 1e-6:
             one, other = name.split("_vs_")
             found.append(
-                f"{one} and {other} agree on {share:.2%} of the {images} test images, and should on"
-                f" {bound:.2%}: {one} does not compute the same here. Deploy a file that "
-                "does."
+                f"{one} and {other} agree on {share:.2%} of the {images} test images, and should "
+                f"agree on {bound:.2%}: {one} computes other results on this machine. Deploy "
+                "another file."
             )
     for name in accuracies:
         difference = accuracies[name] - accuracies["int8"]

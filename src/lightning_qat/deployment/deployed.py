@@ -1,4 +1,4 @@
-"""The model as it is handed over: images in, logits out."""
+"""The model for deployment: images in, logits out."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +11,11 @@ from lightning_qat.deployment.description import KEY, Description
 
 
 class DeployedModel(nn.Module):
-    """A network with its normalization in front.
+    """A network with its normalization as the first step.
 
     Args:
-        net: normalized images -> logits, float32 in and out.
-        mean, std: per channel, of images in [0, 1].
+        net: turns normalized images into logits, both float32.
+        mean, std: normalization per channel, for images in [0, 1].
     """
 
     mean: Tensor
@@ -33,12 +33,12 @@ class DeployedModel(nn.Module):
         return self.net(self.normalize(images))
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Return what ``net`` takes, of images in [0, 1]."""
+        """Return the input of ``net`` for images in [0, 1]."""
         return (images - self.mean) / self.std
 
 
 class PixelModel(nn.Module):
-    """A deployed model that takes raw pixels; its logits are those of the same images in [0, 1].
+    """A deployed model for raw pixels. It returns the logits of the same images in [0, 1].
 
     Args:
         model: takes images in [0, 1].
@@ -59,9 +59,9 @@ class PixelModel(nn.Module):
 
 
 def save_torchscript(scripted: torch.jit.ScriptModule, path: Path, description: Description) -> int:
-    """Write ``scripted`` with its description, whole or not at all; return the file's bytes."""
+    """Write ``scripted`` and its description, completely or not at all; return the file's bytes."""
     with atomic_path(path) as partial:
-        # given a path, torch hides what the disk answers
+        # If torch opens the path itself, it hides the error of the disk.
         extra = {f"{KEY}.json": description.to_json()}
         partial.write_bytes(scripted.save_to_buffer(_extra_files=extra))
     return path.stat().st_size

@@ -1,29 +1,30 @@
-"""What an exported file says of itself, in the same words in every format."""
+"""The description that an exported file contains, with the same fields in every format."""
 
 import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Any
 
-KEY = "lightning_qat"  # where each format keeps it: extra file, metadata property, rt_info
+KEY = "lightning_qat"  # place in each format: extra file, metadata property, rt_info
 
-# What a file takes in.
+# Kinds of input of a file.
 UNIT = "float32 in [0, 1]"
 PIXELS = "uint8 pixels"
 
 
 @dataclass(frozen=True)
 class Description:
-    """Where a file comes from, what goes in and what comes out.
+    """Origin, input and output of an exported file.
 
     Attributes:
         classes: one name per logit.
-        max_value: the pixel value that stands for 1, where pixels go in.
+        max_value: the pixel value that stands for 1, if the input is pixels.
         image_size: height and width of an image in pixels.
         input: ``UNIT`` or ``PIXELS``; N x 3 x height x width, RGB, in both cases.
-        mean, std: the normalization inside the model, per channel, of images in [0, 1].
+        mean, std: normalization inside the model, per channel, for images in [0, 1].
         engine: the quantized engine of torch that a TorchScript file is packed for.
-        accuracy: of this file on ``test_images`` test images, 0..1; None = not measured yet.
+        accuracy: accuracy of this file on ``test_images`` test images, 0..1; None = not measured
+            yet.
     """
 
     classes: list[str]
@@ -46,15 +47,15 @@ class Description:
     accuracy: float | None = None
 
     def to_json(self) -> str:
-        """One line of JSON."""
+        """Return one line of JSON."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Description":
-        """Read what ``to_json`` wrote; what a later version added is passed over.
+        """Read the output of ``to_json``. Ignore fields that a later version added.
 
         Raises:
-            ValueError: this is none.
+            ValueError: the text is not such a description.
         """
         fields: Any = json.loads(text)
         known = {field.name for field in dataclasses.fields(cls)}
@@ -66,7 +67,7 @@ class Description:
         return described
 
     def _check(self) -> None:
-        """What images are made by, and classes named by, has to make sense."""
+        """Check the values that the preparation of images and the names of classes depend on."""
         if not (
             self.classes
             and isinstance(self.classes, list)

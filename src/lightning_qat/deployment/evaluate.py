@@ -1,4 +1,4 @@
-"""Everything that is measured of a run's networks."""
+"""Measure the networks of a run."""
 
 import copy
 import dataclasses
@@ -35,16 +35,16 @@ from lightning_qat.quantization.torch_model import quantized_engine
 
 log = logging.getLogger(__name__)
 
-LAYER_IMAGES = 256  # training images, at most, on which the damage of each layer is measured
+LAYER_IMAGES = 256  # largest number of training images for the damage of each layer
 SAMPLES = 24  # pictures in the report
 _FILE_KEYS = {"torchscript": "int8", "onnx": "onnx", "openvino": "openvino"}
 
 
 @contextmanager
 def _any_algorithm() -> Iterator[None]:
-    """Let integer kernels run where ``trainer.deterministic`` is set.
+    """Let integer kernels run if ``trainer.deterministic`` is set.
 
-    torch would refuse a resize in them, although they give the same numbers every time.
+    torch would refuse a resize in these kernels, although they always give the same numbers.
     """
     asked = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -67,25 +67,25 @@ def evaluate(
 ) -> tuple[dict[str, Any], Evidence]:
     """Export to ``folder`` and measure: accuracy, agreement, sizes, latency, damage by layer.
 
-    The accuracy of a file is measured of that file, loaded back, and then written into it.
+    The accuracy of a file is measured with that file after loading, and is then written into it.
 
     Args:
-        networks: ``fp32`` and, where there was quantization, ``fake_quant`` and ``int8``.
-        datamodule: set up already.
-        folder: gets ``model_int8.ts``, ``.onnx`` and, where OpenVINO is installed, ``.xml``.
-        run: what metrics.json says of the run before anything is measured.
-        uint8_input: export models for raw pixels as well: ``model_int8_uint8.*``.
-        latency_seconds: after these, timing ends, but not before a few rounds.
-        export_onnx: False leaves out ONNX and OpenVINO, of the FP32 network too.
+        networks: ``fp32`` and, after quantization, ``fake_quant`` and ``int8``.
+        datamodule: data module after ``setup``.
+        folder: receives ``model_int8.ts``, ``.onnx`` and, if OpenVINO is installed, ``.xml``.
+        run: entries of metrics.json that are known before the measurement.
+        uint8_input: also export models for raw pixels: ``model_int8_uint8.*``.
+        latency_seconds: time limit of the timing. At least a few rounds are always timed.
+        export_onnx: False = export no ONNX and OpenVINO files, also not of the FP32 network.
 
     Returns:
-        Figures for metrics.json, and what that has no room for.
+        The figures for metrics.json, and the evidence for the report.
     """
     models: dict[str, Any] = {
         name: DeployedModel(net, datamodule.mean, datamodule.std) for name, net in networks.items()
     }
     images = _first_images(datamodule, datamodule.test_dataloader(), 2)
-    one_image = images[:1].contiguous()  # the layout in which a user's image comes
+    one_image = images[:1].contiguous()  # the memory layout of a user's image
     description = _describe(run, datamodule, networks.get("int8"))
     files: dict[str, ExportedFile] = {}
     warnings: list[str] = []
@@ -94,11 +94,11 @@ def evaluate(
         exported = export(models["fake_quant"], stem, description, images, warnings, export_onnx)
         if export_onnx and not is_installed():
             log.info(
-                "OpenVINO is not installed, so there will be no model_int8.xml: pip install "
-                "'lightning_qat[openvino]' gives you one."
+                "OpenVINO is not installed, so model_int8.xml is not written: to get it, pip "
+                "install 'lightning_qat[openvino]'."
             )
         files = {_FILE_KEYS[name]: file for name, file in exported.items()}
-    # in the run's folder, from which it is cleared away even if this process is killed
+    # The folder is inside the run's folder, so that it is deleted even if this process is killed.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=PARTIAL) as scratch:
         stem = Path(scratch) / "model_fp32"
         fp32_files = export(models["fp32"], stem, description, images, warnings, export_onnx)
@@ -107,7 +107,8 @@ def evaluate(
                 models["fake_quant"], datamodule, folder, description, warnings, export_onnx
             )
         tested = {name: model for name, model in models.items() if name != "int8"}
-        # one copy a use: oneDNN's convolutions are fast only for the batch size they meet first
+        # Load one copy per use: oneDNN's convolutions are fast only for the first batch size they
+        # see.
         tested |= {name: _taking_floats(load(file.path)) for name, file in files.items()}
         logits, labels = predict_test_set(tested, datamodule)
         both = {name: model for name, model in tested.items() if name in ("fp32", "int8")}
@@ -148,7 +149,7 @@ def evaluate(
                 "ONNX Runtime, OpenVINO and oneDNN. Use qconfig=x86 for this CPU."
             )
         unlike = (logits["fp32"].argmax(1) != logits["int8"].argmax(1)).nonzero().flatten()
-        # training images: nothing may be chosen by what the test set shows
+        # Use training images, because the test set must not influence a choice.
         images = _first_images(datamodule, datamodule.train_dataloader(), LAYER_IMAGES)
         images = models["fp32"].normalize(images)
         layers = layer_damage(networks["fake_quant"], images)
@@ -224,7 +225,7 @@ def _export_for_pixels(
 
 
 def _taking_floats(model: Runtime) -> Callable[[Tensor], Tensor]:
-    """The model of a file, for the images of the data module."""
+    """Return a function that runs the model of a file on float images."""
     if model.description.input == UNIT:
         return model
     most = model.description.max_value
@@ -232,7 +233,7 @@ def _taking_floats(model: Runtime) -> Callable[[Tensor], Tensor]:
 
 
 def _as_deployed(model: DeployedModel) -> Callable[[Tensor], Tensor]:
-    """An integer network in the engine of torch that it was made for."""
+    """Return a function that runs an integer network with its own engine of torch."""
 
     def run(images: Tensor) -> Tensor:
         with quantized_engine(model.net.engine):  # type: ignore[arg-type]
@@ -244,8 +245,8 @@ def _as_deployed(model: DeployedModel) -> Callable[[Tensor], Tensor]:
 def _timed(
     models: dict[str, Any], fp32_files: dict[str, ExportedFile], files: dict[str, ExportedFile]
 ) -> dict[str, Any]:
-    """What is timed on one thread, by the names of the contract; float images go in."""
-    # the trained network is channels_last; eager is torch as it comes
+    """Return the models to time on one thread, by their names in metrics.json. They take floats."""
+    # The trained network is channels_last. `fp32_eager` uses torch's default layout.
     eager = copy.deepcopy(models["fp32"]).to(memory_format=torch.contiguous_format)
     channels_last = copy.deepcopy(eager).to(memory_format=torch.channels_last)
     timed: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""One network as files for three runtimes."""
+"""Export one network to files for three runtimes."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from lightning_qat.quantization.to_onnx import program_of
 from lightning_qat.quantization.torch_kernels import to_torch_kernels
 from lightning_qat.quantization.torch_model import torch_script
 
-# Without this package; {file} and {images} are filled in.
+# Code that needs no lightning_qat. {file} and {images} are filled in.
 _HOW_TO_LOAD = {
     "TorchScript": """\
 import torch
@@ -43,11 +43,11 @@ print(model(images)[0])""",
 
 @dataclass
 class ExportedFile:
-    """A file that has been written, and can be written again with more to say of itself.
+    """A written file. It can be written again with a new description.
 
     Attributes:
-        bytes: of the file, with its weights if those are in another.
-        runtime: what runs it.
+        bytes: size of the file, including weights in a second file.
+        runtime: name of the runtime that runs the file.
     """
 
     path: Path
@@ -59,13 +59,13 @@ class ExportedFile:
         self.bytes = self.write(self.path, self.description)
 
     def state_accuracy(self, accuracy: float) -> None:
-        """Write the file again with the accuracy that was measured of it."""
+        """Write the file again with its measured accuracy."""
         self.description = dataclasses.replace(self.description, accuracy=accuracy)
         self.bytes = self.write(self.path, self.description)
 
     @property
     def how_to_load(self) -> str:
-        """Lines of Python that load and run the file without this package."""
+        """Return lines of Python that load and run the file without this package."""
         size = self.description.image_size
         shape = f"1, 3, {size}, {size}"
         torch_images, numpy_images = f"torch.rand({shape})", f"numpy.random.rand({shape})"
@@ -93,16 +93,17 @@ def export(
     failures: list[str],
     onnx: bool = True,
 ) -> dict[str, ExportedFile]:
-    """Write ``model`` as ``stem``.ts, .onnx and, where OpenVINO is installed, .xml with .bin.
+    """Write ``model`` as ``stem``.ts, .onnx and, if OpenVINO is installed, .xml with .bin.
 
     Args:
-        model: around a quantized network, or in float; the files take and give the same.
-        images: two or more that it takes.
-        failures: gets a sentence for each file that could not be made of this network.
-        onnx: False writes the .ts only, which takes a tenth of the time.
+        model: a module around a quantized or float network. The files have the same input and
+            output.
+        images: two or more images for the model.
+        failures: receives a sentence for each file that cannot be made from this network.
+        onnx: False = write only the .ts file, which takes a tenth of the time.
 
     Returns:
-        By runtime: ``torchscript``, ``onnx``, ``openvino``.
+        The files by runtime: ``torchscript``, ``onnx``, ``openvino``.
 
     Raises:
         OSError: a file cannot be written.
@@ -119,7 +120,7 @@ def export(
         return files
     try:
         proto = from_program(program or program_of(model, (images,)))
-    except Exception as error:  # whatever the exporter raises that does not know an operation
+    except Exception as error:  # an exporter may raise any error for an unknown operation
         failures.append(
             f"{stem.name}.onnx could not be made, and so no OpenVINO file: {_first_line(error)}"
         )
@@ -132,7 +133,7 @@ def export(
             files["openvino"] = ExportedFile(path(".xml"), "OpenVINO", description, converted)
         except OSError:
             raise
-        except Exception as error:  # as above
+        except Exception as error:  # same reason as above
             failures.append(f"{stem.name}.xml could not be made: {_first_line(error)}")
     return files
 

@@ -1,4 +1,4 @@
-"""How long a call takes, measured so that the numbers can be compared with each other."""
+"""Measure the time of a call, so that the numbers of several runtimes can be compared."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +13,8 @@ from lightning_qat.deployment.description import PIXELS
 WARM_UP_ROUNDS = 20  # TorchScript optimizes in its first runs
 ROUNDS = 10
 SECONDS = 20.0
-LEAST_ROUNDS = 3  # of warm-up and of measurement, however long they take
-CALLS_A_TURN = 20  # of which half count
+LEAST_ROUNDS = 3  # minimum for warm-up and measurement, even if they take long
+CALLS_A_TURN = 20  # the second half of them counts
 TURN_SECONDS = 0.05
 PAUSE_SECONDS = 0.01
 
@@ -29,24 +29,26 @@ def measure_latency(
     seconds: float = SECONDS,
     threads: int = 1,
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds a call by runtime: p50 and p95, and the number of calls behind them.
+    """Return milliseconds per call by runtime: p50 and p95, and the number of calls.
 
-    In each round every runtime has its turn, so that a machine which slows down slows all of them
-    alike. A turn is some calls in a row, and their second half counts: the others have pushed its
-    weights out of the cache, and they take ten calls to be back (ResNet18 in INT8 on Zen 5: 0.98 ms
-    the first, 0.53 the second, 0.20 from the ninth on).
+    In each round, every runtime has one turn, so that a slow phase of the machine affects all of
+    them equally. A turn is several calls in a row, and only the second half counts. The other
+    runtimes have removed the weights of this one from the cache, and ten calls are needed to load
+    them again (ResNet18 in INT8 on Zen 5: 0.98 ms for the first call, 0.53 for the second, 0.20
+    from the ninth on).
 
-    A runtime whose name ends in ``_cuda`` gets the images on the GPU and is waited for; one whose
-    description says that it takes pixels gets uint8.
+    A runtime whose name ends in ``_cuda`` gets the images on the GPU, and the timing waits for the
+    GPU. A runtime whose description says pixels gets uint8.
 
     Args:
-        runtimes: name -> what to call. ONNX Runtime and OpenVINO have their own number of threads.
+        runtimes: functions to call, by name. ONNX Runtime and OpenVINO have their own number of
+            threads.
         images: N x 3 x H x W, float32 in [0, 1], on the CPU.
-        rounds: how many at most.
-        warm_up_rounds: calls of each that do not count, at most.
-        seconds: after these the rounds end, and after half of them the warm-up, but none before
-            ``LEAST_ROUNDS``.
-        threads: of torch.
+        rounds: largest number of rounds.
+        warm_up_rounds: largest number of rounds that do not count.
+        seconds: time limit of the rounds. The warm-up ends after half of it. There are always at
+            least ``LEAST_ROUNDS``.
+        threads: number of threads of torch.
     """
     inputs = {name: _input(name, runtime, images) for name, runtime in runtimes.items()}
     times: dict[str, list[float]] = {name: [] for name in runtimes}
@@ -62,7 +64,7 @@ def measure_latency(
             if round_ >= LEAST_ROUNDS and time.perf_counter() > end:
                 break
             for name, runtime in runtimes.items():
-                if threads > 1:  # pools let their threads spin for milliseconds, on all cores
+                if threads > 1:  # idle threads of a pool keep all cores busy for milliseconds
                     time.sleep(PAUSE_SECONDS)
                 times[name] += _turn(runtime, inputs[name])
     return {
@@ -76,7 +78,7 @@ def measure_latency(
 
 
 def _turn(runtime: Callable[[Tensor], Tensor], images: Tensor) -> list[float]:
-    """Seconds of each call that counts: of the only one, where it takes long enough."""
+    """Return the seconds of each call that counts. A slow runtime has only one call."""
     times: list[float] = []
     while len(times) < CALLS_A_TURN and sum(times) < TURN_SECONDS:
         _wait(images)

@@ -15,15 +15,15 @@ from lightning_qat.quantization.to_onnx import program_of, with_quantized_networ
 
 
 def to_onnx(model: nn.Module, images: Tensor) -> onnx.ModelProto:
-    """Write ``model`` as ONNX: input ``images`` with any batch size, output ``logits``; checked.
+    """Export ``model`` as ONNX and check it: input ``images`` of any batch size, output ``logits``.
 
     Args:
-        model: quantized or in float, an INT8 model, or a module around one of them.
-        images: what it takes, two images or more; height and width are fixed to theirs.
+        model: a quantized network, a float network, an INT8 model, or a module around one of them.
+        images: two or more images for the model. The file accepts only their height and width.
 
     Raises:
-        UserError: the model does not take ``images`` alone.
-        torch.onnx.errors.OnnxExporterError: ONNX has no form for an operation of the network.
+        UserError: the model does not accept ``images`` as its only input.
+        torch.onnx.errors.OnnxExporterError: ONNX has no form of an operation of the network.
     """
     model = with_quantized_networks(model)
     try:
@@ -38,12 +38,12 @@ def to_onnx(model: nn.Module, images: Tensor) -> onnx.ModelProto:
 
 
 def from_program(program: ExportedProgram) -> onnx.ModelProto:
-    """Write an exported image classifier as ONNX."""
+    """Export a program of an image classifier as ONNX."""
     return export_onnx(program, ["images"], ["logits"])
 
 
 def save_onnx(proto: onnx.ModelProto, path: Path, description: Description) -> int:
-    """Write ``proto`` with its description, whole or not at all; return the file's bytes."""
+    """Write ``proto`` and its description, completely or not at all; return the file's bytes."""
     onnx.helper.set_model_props(proto, {KEY: description.to_json()})
     with atomic_path(path) as partial:
         partial.write_bytes(proto.SerializeToString())

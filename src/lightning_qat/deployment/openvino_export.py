@@ -1,4 +1,4 @@
-"""OpenVINO IR, made from the ONNX graph; needs the extra ``openvino``."""
+"""Make OpenVINO IR from the ONNX graph. This needs the extra ``openvino``."""
 
 import errno
 import importlib.util
@@ -14,14 +14,15 @@ from lightning_qat.quantization.to_openvino import keep_every_rounding, openvino
 
 
 def is_installed() -> bool:
-    """Whether the extra ``openvino`` is there."""
+    """Return True if the extra ``openvino`` is installed."""
     return importlib.util.find_spec("openvino") is not None
 
 
 def save_openvino(proto: onnx.ModelProto, path: Path, description: Description) -> int:
-    """Write ``path`` (.xml) and its weights (.bin beside it); gives the bytes of both.
+    """Write ``path`` (.xml) and its weights (.bin beside it); return the bytes of both.
 
-    Each is there whole or not at all; the .xml, without which the .bin is nothing, comes last.
+    Write each file completely or not at all. Write the .xml last, because the .bin is useless
+    without it.
     """
     import openvino
 
@@ -33,10 +34,10 @@ def save_openvino(proto: onnx.ModelProto, path: Path, description: Description) 
         try:
             openvino.save_model(model, partial, compress_to_fp16=False)
         except RuntimeError as error:
-            if "iostream error" in str(error):  # all that it says of a full disk
+            if "iostream error" in str(error):  # OpenVINO's only message for a full disk
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
             raise
-        path.unlink(missing_ok=True)  # an older one must not meet the new weights
+        path.unlink(missing_ok=True)  # an older .xml does not match the new weights
         partial.with_suffix(".bin").replace(weights)
         partial.replace(path)
     return path.stat().st_size + weights.stat().st_size

@@ -1,4 +1,4 @@
-"""Exported files, loaded back and called alike: images in, logits out, whatever runs them."""
+"""Load exported files. All runtimes have the same call: images in, logits out."""
 
 import zipfile
 from collections.abc import Callable
@@ -13,33 +13,34 @@ from lightning_qat.errors import UserError
 from lightning_qat.quantization.to_openvino import openvino_core
 from lightning_qat.quantization.torch_model import quantized_engine
 
-LONGEST_DESCRIPTION = 2**24  # bytes: a few kilobytes of a zip archive may stand for gigabytes
+LONGEST_DESCRIPTION = 2**24  # bytes: a small zip archive could unpack to gigabytes
 
 
 class Runtime(Protocol):
     """A loaded file.
 
     Attributes:
-        description: what the file says of itself.
+        description: description that the file contains.
     """
 
     description: Description
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images N x 3 x H x W, of the dtype that the description gives -> logits, float32."""
+        """Return float32 logits for images N x 3 x H x W, of the dtype in the description."""
         ...
 
 
 def load(path: str | Path, threads: int | None = None) -> Runtime:
-    """The model in ``path``, on the CPU, whichever of the three formats it has.
+    """Load the model in ``path`` on the CPU, in any of the three formats.
 
     Args:
         path: ``.ts`` (TorchScript), ``.onnx`` (run by ONNX Runtime) or ``.xml`` (OpenVINO).
-        threads: of this model alone; None = what its runtime takes by itself. TorchScript uses
-            torch's own number, see ``torch.set_num_threads``.
+        threads: threads of this model. None = the default of its runtime. TorchScript ignores this
+            and uses torch's own number, see ``torch.set_num_threads``.
 
     Raises:
-        UserError: no such file, no such format, a damaged file, or OpenVINO is not installed.
+        UserError: the file is missing, damaged or of an unknown format, or OpenVINO is not
+            installed.
     """
     path = Path(path)
     kinds: dict[str, Callable[[Path, int | None], Runtime]]
@@ -55,23 +56,23 @@ def load(path: str | Path, threads: int | None = None) -> Runtime:
         return kinds[path.suffix](path, threads)
     except UserError:
         raise
-    except Exception as error:  # each runtime has its own for a file that it cannot read
+    except Exception as error:  # each runtime raises its own error for an unreadable file
         lines = str(error).splitlines() or [type(error).__name__]
-        # OpenVINO says first where in its own source code it noticed
+        # OpenVINO's first lines name places in its own source code.
         reasons = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
         raise UserError(
-            f"{path} cannot be loaded: {(reasons or lines)[0].rstrip('.!')}. It is damaged, or not "
-            "what its name says: export it again."
+            f"{path} cannot be loaded: {(reasons or lines)[0].rstrip('.!')}. It is damaged, or its "
+            "name has the wrong ending: export it again."
         ) from error
 
 
 class TorchScript:
-    """A TorchScript file in this process's torch."""
+    """A TorchScript file, run by torch in this process."""
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         self.description = _description(path, _extra_file(path))
-        # torch warns once that this is deprecated: here through Python, which filters it; inside
-        # torch.jit.load it would go to stderr
+        # Trigger torch's deprecation warning here, where Python filters it. torch warns only once,
+        # and inside torch.jit.load the warning would go to stderr.
         torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
         self._engine = self.description.engine or torch.backends.quantized.engine
         with quantized_engine(self._engine):
@@ -79,8 +80,8 @@ class TorchScript:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """See ``Runtime``."""
-        with quantized_engine(self._engine):  # sums take their kernel from it at each call
+        """Return the logits, see ``Runtime``."""
+        with quantized_engine(self._engine):  # sums choose their kernel by it at each call
             return self._model(images)
 
 
@@ -105,13 +106,13 @@ class OnnxRuntime:
             )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """See ``Runtime``."""
+        """Return the logits, see ``Runtime``."""
         (logits,) = self._session.run(None, {"images": images.numpy()})
         return torch.from_numpy(logits)
 
 
 class OpenVino:
-    """An OpenVINO IR in OpenVINO, compiled again for each new shape: fixed shapes run faster."""
+    """An OpenVINO IR in OpenVINO. It is compiled for each new shape: fixed shapes run faster."""
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         try:
@@ -123,19 +124,20 @@ class OpenVino:
         if not weights.is_file():
             raise UserError(f"{weights} is missing, the weights of {path}: keep the two together.")
         with path.open("rb") as file:
-            if b"<net " not in file.read(200):  # else OpenVINO tries TensorFlow's format, loudly
+            # otherwise OpenVINO tries TensorFlow's format and prints errors
+            if b"<net " not in file.read(200):
                 raise ValueError("it is no OpenVINO model")
         self._model = self._core.read_model(path)
         text = self._model.get_rt_info([KEY]).value if self._model.has_rt_info([KEY]) else None
         self.description = _description(path, text)
-        # on CPUs with bfloat16, OpenVINO would compute in that what is not an integer
+        # On CPUs with bfloat16, OpenVINO would use it for all floats.
         self._settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
         if threads is not None:
             self._settings["INFERENCE_NUM_THREADS"] = threads
         self._compiled: dict[tuple[int, ...], Any] = {}
 
     def __call__(self, images: Tensor) -> Tensor:
-        """See ``Runtime``."""
+        """Return the logits, see ``Runtime``."""
         shape = tuple(images.shape)
         if shape not in self._compiled:
             self._model.reshape(list(shape))
@@ -147,7 +149,7 @@ class OpenVino:
 
 
 def _extra_file(path: Path) -> str | None:
-    """The description in a TorchScript file, which is a zip archive, before it is unpacked."""
+    """Return the description in a TorchScript file (a zip archive) without unpacking the rest."""
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             size = archive.getinfo(name).file_size

@@ -1,4 +1,4 @@
-"""Prepare, train or calibrate, convert."""
+"""Quantize networks: prepare them, train or calibrate them, convert them to INT8."""
 
 from lightning_qat.quantization.learned_scale import learned_scales
 from lightning_qat.quantization.ptq import PostTrainingQuantization

@@ -1,4 +1,4 @@
-"""Checkpoints: float weights, with plan and scales of each quantized network beside them."""
+"""Checkpoints: float weights, and the plan and scales of each quantized network."""
 
 import pickle
 from pathlib import Path
@@ -14,14 +14,15 @@ from lightning_qat.quantization.example import zeros_like
 from lightning_qat.quantization.network import Quantization
 from lightning_qat.quantization.plan import Plan
 
-KEY = "lightning_qat"  # of the quantized networks in a checkpoint
+KEY = "lightning_qat"  # key of the quantized networks in a checkpoint
 _HINT = "name a checkpoint that a fit with this callback has written."
 
 
 class SaveScales:
     """The ``on_save_checkpoint`` of a LightningModule that holds quantized networks.
 
-    A callback's hook would not do: Lightning does not call it for ``save_weights_only=True``.
+    It replaces the module's method, because Lightning does not call a callback's hook if
+    ``save_weights_only=True``.
     """
 
     def __init__(self, pl_module: pl.LightningModule) -> None:
@@ -68,10 +69,10 @@ def quantization_state(quantization: Quantization) -> dict[str, Any]:
 
 
 def restore_quantization(quantization: Quantization, state: Any, path: str | Path) -> None:
-    """Give ``quantization`` the plan and the scales that a checkpoint holds.
+    """Give ``quantization`` the plan and the scales of a checkpoint.
 
     Raises:
-        UserError: they are damaged, or of another scheme.
+        UserError: the plan or the scales are damaged or have another scheme.
     """
     try:
         scheme, plan = state["scheme"], Plan.from_dict(state["plan"])
@@ -96,7 +97,7 @@ def state_of_target(checkpoint: dict[str, Any], target: str, path: str | Path) -
     """Return plan and scales of ``target`` in a checkpoint.
 
     Raises:
-        UserError: it holds none.
+        UserError: the checkpoint has no plan and scales of ``target``.
     """
     states = checkpoint.get(KEY)
     if isinstance(states, dict) and target in states:
@@ -111,12 +112,12 @@ def state_of_target(checkpoint: dict[str, Any], target: str, path: str | Path) -
 
 
 def best_file(trainer: pl.Trainer) -> tuple[str, float] | None:
-    """Return the best checkpoint of the run, and when it was written (0 where it is gone).
+    """Return the best checkpoint of the run and its time of writing (0 if it is deleted).
 
-    None where no ModelCheckpoint monitors anything: then the last weights count.
+    Return None if no ModelCheckpoint monitors anything. Then the last weights count.
     """
     for callback in trainer.checkpoint_callbacks:
-        # not by its class: the package `lightning` has one of its own
+        # Do not check the class: the package `lightning` has its own class.
         best = getattr(callback, "best_model_path", "")
         if getattr(callback, "monitor", None) and best:
             return best, Path(best).stat().st_mtime if Path(best).exists() else 0
@@ -124,23 +125,23 @@ def best_file(trainer: pl.Trainer) -> tuple[str, float] | None:
 
 
 def load_best(trainer: pl.Trainer, best: str) -> dict[str, Any]:
-    """Return the content of the run's best checkpoint, without executing any of it.
+    """Return the content of the run's best checkpoint, without executing code in it.
 
     Raises:
-        UserError: it cannot be read in this way.
+        UserError: the checkpoint cannot be read in this way.
     """
     try:
         with torch.serialization.safe_globals(_stand_ins(best)):
             return trainer.strategy.load_checkpoint(best, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"the best checkpoint {best} cannot be read without executing what it holds: "
+            f"the best checkpoint {best} cannot be read without executing code in it: "
             f"{found_in_file(error)}\nWas it written by this run? Delete it and start again."
         ) from error
 
 
 class _StandIn:
-    """Stands for a value that is neither a tensor nor of a plain type; it is never called."""
+    """Replace a value that is neither a tensor nor of a plain type. It is never called."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -150,23 +151,23 @@ class _StandIn:
 
 
 def _stand_ins(path: str) -> list[Any]:
-    """Return stand-ins for the types in a checkpoint, as of hyper-parameters.
+    """Return stand-ins for the other types in a checkpoint, such as types of hyperparameters.
 
-    Not even the run's own checkpoint may execute: a resumed run has its path from the file that it
-    was resumed from.
+    Even the run's own checkpoint must not execute code, because a resumed run reads its path from
+    the file that it was resumed from.
     """
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not a file on this machine, or a damaged one: loading it says which
+    except Exception:  # no local file, or a damaged one: loading reports it
         return []
     return [(type("_StandIn", (_StandIn,), {}), name) for name in names]
 
 
 def read_checkpoint(path: str | Path, hint: str = _HINT) -> dict[str, Any]:
-    """Return the content of a checkpoint file, without executing anything in it.
+    """Return the content of a checkpoint file, without executing code in it.
 
     Raises:
-        UserError: the file is missing, or is no checkpoint, or not a whole one.
+        UserError: the file is missing, is no checkpoint, or is incomplete.
     """
     path = Path(checked_path("the path of a checkpoint", path))
     if not path.is_file():
@@ -174,7 +175,7 @@ def read_checkpoint(path: str | Path, hint: str = _HINT) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(_stand_ins(str(path))):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises half a dozen kinds for damaged files
+    except Exception as error:  # torch.load raises many kinds of errors for damaged files
         raise UserError(
             f"{path} cannot be read as a checkpoint (truncated, damaged, or not one that PyTorch "
             f"wrote): {found_in_file(error)}\nDelete or replace it; {hint}"
@@ -185,10 +186,10 @@ def read_checkpoint(path: str | Path, hint: str = _HINT) -> dict[str, Any]:
 
 
 def state_dict(checkpoint: dict[str, Any], path: str | Path, hint: str = _HINT) -> dict[str, Any]:
-    """Return the state dict in a Lightning checkpoint; another checkpoint is one itself.
+    """Return the state dict in a Lightning checkpoint. Any other checkpoint is a state dict itself.
 
     Raises:
-        UserError: it is none.
+        UserError: there is no state dict.
     """
     state = checkpoint.get("state_dict", checkpoint)
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
@@ -203,8 +204,8 @@ def below(state: dict[str, Tensor], target: str) -> dict[str, Tensor]:
 
 
 def found_in_file(error: Exception) -> str:
-    """Return the finding of torch in a file, without its advice to execute that."""
-    if isinstance(error, pickle.UnpicklingError):  # the advice, raised where this came up
+    """Return torch's message about a file, without torch's advice to execute the file."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's advice; the real error is its context
         error = error.__context__ or error  # type: ignore[assignment]
     lines = "\n".join(str(error).splitlines()[:3])
     return lines.partition(" Please use")[0]

@@ -15,12 +15,13 @@ from lightning_qat.quantization.network import quantization_of
 def convert(net: nn.Module, engine: str, example: Any = None) -> nn.Module:
     """Return a converted INT8 copy of ``net``, on the CPU, in eval mode.
 
-    Every scale and zero point is the one that evaluation of ``net`` uses.
+    All scales and zero points are the same as in the evaluation of ``net``.
 
     Args:
-        net: quantized, with all ranges known, on the CPU.
+        net: a quantized network with all ranges known, on the CPU.
         engine: one of torch's quantized engines.
-        example: positional and keyword arguments; None = those that ``net`` was prepared with.
+        example: positional and keyword arguments; None = the arguments that ``net`` was prepared
+            with.
 
     Raises:
         UserError: torch.export cannot follow ``net``.
@@ -61,7 +62,7 @@ def _as_int8_model(
 
 
 def of_this_size(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the INT8 model for inputs of these sizes: ``model``, or another that is kept in it.
+    """Return the INT8 model for inputs of these sizes: ``model``, or one that is cached in it.
 
     Raises:
         UserError: torch.export cannot follow the network at this size.
@@ -77,13 +78,13 @@ def of_this_size(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 def _fits(shape: tuple[int, ...], permitted: Sequence[int | None]) -> bool:
-    """Return True where each size is the permitted one; None permits every size."""
+    """Return True if each size is the permitted size; None permits every size."""
     sizes = zip(shape, permitted, strict=False)
     return len(shape) == len(permitted) and all(n is None or size == n for size, n in sizes)
 
 
 def _shapes(program: ExportedProgram) -> list[list[int | None]]:
-    """Return the sizes of each input tensor; None where any size will do."""
+    """Return the sizes of each input tensor; None = any size."""
     names = program.graph_signature.user_inputs
     values = [node.meta.get("val") for node in program.graph.nodes if node.name in names]
     return [

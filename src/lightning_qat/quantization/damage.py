@@ -1,4 +1,4 @@
-"""The noise that quantization adds to each layer, which shows the ones to keep in float."""
+"""Measure the noise that quantization adds to each layer, to find layers to keep in float."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,36 +13,36 @@ from lightning_qat.quantization.calls import CLAMPS
 from lightning_qat.quantization.fake_quantize import along
 from lightning_qat.quantization.network import Quantization, copy_network, quantization_of
 
-_IMAGES_AT_ONCE = 32  # the output of each layer for them is held in memory a few times over
+_IMAGES_AT_ONCE = 32  # each batch needs memory for a few copies of a layer's output
 _KINDS = {"relu": "ReLU", "relu6": "ReLU6"}
 
 
 def layer_damage(net: nn.Module, images: Tensor) -> list[dict[str, Any]]:
-    """Compare every quantized layer with itself in float, worst first.
+    """Compare every quantized layer with the same layer in float, worst first.
 
-    The float reference is the *trained* network without rounding, not the FP32 network that
-    training started from: its weights are others, so the two also differ by what was learned.
-    SQNR, the ratio of signal to quantization noise, has its powers summed over all images. One bit
-    more is worth 6 dB. A layer is compared behind the batch-norm and the ReLU that go with it.
+    The float reference is the *trained* network without rounding. It is not the FP32 network that
+    the training started from, because training has changed those weights. SQNR is the ratio of
+    signal to quantization noise; the powers are summed over all images. One more bit adds 6 dB.
+    Layers are compared after their batch-norm and their ReLU.
 
     Args:
-        net: quantized, with scales known, on the CPU. It is not changed.
-        images: what it takes, float32, the batch first.
+        net: a quantized network with known scales, on the CPU. It is not changed.
+        images: input of ``net``, float32, with the batch as the first dimension.
 
     Returns:
         One row for each layer and sum, lowest ``own_sqnr_db`` first. A layer that is called more
-        than once has one row, over all its calls. Layers in float have none.
+            than once has one row for all its calls. Layers in float have no row.
 
         - ``name``: its name in ``overrides``.
         - ``kind``: such as ``Conv2d + ReLU``; batch-norm is folded and not named.
-        - ``sqnr_db``: of its output in the INT8 model, with the errors of all layers before it.
-        - ``own_sqnr_db``: with the layers before it in float, and its weights and output rounded;
-          its input, too, where no layer before it does that. Both are None where there is no
-          noise, or no signal.
-        - ``weight_min``, ``weight_max``: with batch-norm folded in; None where it has no weights.
-        - ``activation_min``, ``activation_max``: of its output in float.
-        - ``clipped``: share, 0..1, of its float outputs that lie more than half a step outside of
-          its integers; 0 where its output stays in float.
+        - ``sqnr_db``: SQNR of its output in the INT8 model, with the errors of all earlier layers.
+        - ``own_sqnr_db``: SQNR with the earlier layers in float, and its weights and output
+            rounded; its input is rounded, too, if no earlier layer does it. Both are None if there
+            is no noise or no signal.
+        - ``weight_min``, ``weight_max``: with batch-norm folded in; None without weights.
+        - ``activation_min``, ``activation_max``: range of its output in float.
+        - ``clipped``: share, 0..1, of its float outputs that are more than half a step outside the
+            range of its integers; 0 if its output stays in float.
 
     Raises:
         UserError: ``net`` is not quantized, or has no scales yet.
@@ -77,7 +77,7 @@ class _Damage:
     values: int = 0
 
     def add(self, expected: Tensor, alone: Tensor, quantized: Tensor) -> None:
-        """Count one batch: in float, with only this layer quantized, with all quantized."""
+        """Add one batch: outputs in float, with only this layer quantized, with all quantized."""
         self.signal += _power(expected)
         self.own_noise += _power(alone - expected)
         self.noise += _power(quantized - expected)
@@ -101,7 +101,7 @@ class _Damage:
 
 
 class _Quantized(Quantize):
-    """Runs the quantized network and keeps the values at the ends of its chains."""
+    """Run the quantized network, and keep the values at the ends of its chains."""
 
     def __init__(self, owner: Quantization, damages: dict[str, _Damage]) -> None:
         super().__init__(owner)
@@ -111,11 +111,11 @@ class _Quantized(Quantize):
     def call(self, site: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = super().call(site, function, args, kwargs)
         if first := _ended(self.owner, site):
-            self.ends[first] = output.clone()  # later functions may work in place
+            self.ends[first] = output.clone()  # later functions may change it in place
         return output
 
     def _finish(self, layer: Any, site: str, factor: Tensor | None, *rest: Any) -> Tensor:
-        """Note the range of the weight, with batch-norm folded in."""
+        """Store the range of the weight, with batch-norm folded in."""
         weight = layer.operands[1]
         fold = self._fold(layer.call, weight)
         if fold is None and factor is not None:
@@ -127,14 +127,15 @@ class _Quantized(Quantize):
 
 
 class _Comparison(Quantize):
-    """Runs the network in float, and beside it each chain by itself, quantized."""
+    """Run the network in float. Next to it, run each chain alone in its quantized form."""
 
     def __init__(
         self, owner: Quantization, quantized: dict[str, Tensor], damages: dict[str, _Damage]
     ) -> None:
         super().__init__(owner)
         self.quantized, self.damages = quantized, damages
-        # id of a value in float -> that, which keeps the id its own, and the same quantized
+        # id of a float value -> the value itself, which keeps the id unique, and its quantized
+        # form.
         self.alone: dict[int, tuple[Tensor, Tensor]] = {}
 
     def call(self, site: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -159,7 +160,7 @@ class _Comparison(Quantize):
         return output
 
     def _alone(self, site: str, function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-        """Round as in training, which leaves alone the inputs that other layers have rounded."""
+        """Round as in training, which does not round inputs that other layers have rounded."""
         self.owner.net.training = True
         try:
             return super().call(site, function, args, kwargs)
@@ -182,7 +183,7 @@ class _Comparison(Quantize):
 
 
 def _ended(owner: Quantization, site: str) -> str:
-    """Return the first call of the chain that ends at ``site``, or "" where none does."""
+    """Return the first call of the chain that ends at ``site``, or "" if no chain ends there."""
     call = owner.plan.calls.get(site)
     if call is None or call.follows:
         return call.follows if call is not None else ""
@@ -196,7 +197,8 @@ def _kind(function: Any) -> str:
 
 def _clamp(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     limits = [*args[1:3], kwargs.get("min_val"), kwargs.get("max_val")]
-    return "ReLU6" if {0.0, 6.0} <= set(limits) else _kind(function)  # as torch's module calls it
+    # torch's module ReLU6 calls hardtanh
+    return "ReLU6" if {0.0, 6.0} <= set(limits) else _kind(function)
 
 
 def _power(x: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""An example of the target's inputs, by which its network is recorded and exported."""
+"""Find example inputs of the target network, for the recording and the export."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_qat.errors import UserError
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
-_SAMPLES = 2  # one would let torch.export take the batch for a fixed axis
+_SAMPLES = 2  # torch.export would treat a batch of one as a fixed size
 
 
 class _CapturedError(Exception):
@@ -21,11 +21,12 @@ class _CapturedError(Exception):
 
 
 def as_example(inputs: Any) -> Example:
-    """Return positional and keyword arguments: of a tuple, a mapping, or one value."""
+    """Return positional and keyword arguments, from a tuple, a mapping, or one value."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if isinstance(inputs, tuple):
-        if inputs and isinstance(inputs[-1], Mapping):  # as Lightning's example_input_array
+        # same form as Lightning's example_input_array
+        if inputs and isinstance(inputs[-1], Mapping):
             return inputs[:-1], dict(inputs[-1])
         return inputs, {}
     return (inputs,), {}
@@ -34,15 +35,16 @@ def as_example(inputs: Any) -> Example:
 def find_example(
     pl_module: pl.LightningModule, net: nn.Module, given: Any, trainer: pl.Trainer
 ) -> Example:
-    """Return what ``net`` is called with.
+    """Return the arguments that ``net`` is called with.
 
     Args:
-        pl_module: holds ``net``.
-        given: the callback's ``example_inputs``; None = ``example_input_array``, else a batch.
-        trainer: gives the first training batch.
+        pl_module: the module that holds ``net``.
+        given: the callback's ``example_inputs``; None = ``example_input_array``, else a training
+            batch.
+        trainer: provides the first training batch.
 
     Raises:
-        UserError: neither shows it.
+        UserError: no source shows the arguments.
     """
     if given is not None:
         return _few(as_example(given))
@@ -56,7 +58,7 @@ def find_example(
 
 
 def has_forward(pl_module: pl.LightningModule) -> bool:
-    """Return True where the LightningModule defines a ``forward``."""
+    """Return True if the LightningModule defines a ``forward``."""
     return type(pl_module).forward is not pl.LightningModule.forward
 
 
@@ -66,14 +68,14 @@ def _first_batch(pl_module: pl.LightningModule, trainer: pl.Trainer) -> Any:
         batch = next(iter(loader), None) if loader is not None else None
         if batch is None:
             raise UserError(
-                "there is no training batch that would show the network's inputs: give the "
-                "callback `example_inputs=`."
+                "there is no training batch to find the network's inputs: give the callback "
+                "`example_inputs=`."
             )
         return pl_module._apply_batch_transfer_handler(batch, device=torch.device("cpu"))
 
 
 class _Nothing:
-    """Stands for an optimizer while there is none: any call of it does nothing."""
+    """Replace an optimizer that does not exist yet. All its methods do nothing."""
 
     def __getattr__(self, name: str) -> Any:
         return self
@@ -86,13 +88,13 @@ class _Nothing:
 
 
 def _training_step(pl_module: pl.LightningModule, batch: Any) -> None:
-    """Run a training step that logs and optimizes nothing."""
+    """Run a training step without logging and optimization."""
     if pl_module.automatic_optimization:
         _run_step(pl_module, batch, _Nothing())
         return
     try:
         _run_step(pl_module, batch, _Nothing())
-    except (TypeError, ValueError):  # it unpacks several optimizers, as of a GAN
+    except (TypeError, ValueError):  # training_step unpacks several optimizers, as in a GAN
         try:
             _run_step(pl_module, batch, [_Nothing(), _Nothing()])
         except ValueError:
@@ -155,7 +157,7 @@ def _few(example: Example) -> Example:
 
 
 def zeros_like(example: Example | None) -> list[Any]:
-    """Return an example of zeros that takes no room in a checkpoint."""
+    """Return an example of zeros that needs almost no space in a checkpoint."""
     if example is None:
         return [[], {}]
     args, kwargs = tree_map(

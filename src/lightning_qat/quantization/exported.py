@@ -1,4 +1,4 @@
-"""Export a network with torch.export, and compute once what depends on no input."""
+"""Export a network with torch.export, and compute all values that depend on no input once."""
 
 import warnings
 from collections.abc import Callable
@@ -17,7 +17,8 @@ from lightning_qat.quantization import ops
 _ATEN = torch.ops.aten
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _QAT = getattr(torch.ops, ops.NAMESPACE)
-_KEPT = (_QAT.dequantize.default, _QAT.dequantize_per_channel.default)  # kernels read integers
+# integer kernels read the integers
+_KEPT = (_QAT.dequantize.default, _QAT.dequantize_per_channel.default)
 
 
 def export_program(
@@ -28,16 +29,16 @@ def export_program(
 ) -> ExportedProgram:
     """Export ``network`` for any batch size, with its constants computed.
 
-    The batch size is that of the first tensor in ``args`` and ``kwargs``, at dimension 0. The same
-    size at dimension 0 of another tensor is the batch, too. Where the network does not permit
-    another batch size, or another image size, a warning says so and the size is fixed.
+    The batch size is dimension 0 of the first tensor in ``args`` and ``kwargs``. If dimension 0 of
+    another tensor has the same size, it is the batch, too. If the network does not permit another
+    batch size or image size, the size is fixed and a warning says so.
 
     Args:
-        network: in evaluation mode.
+        network: a network in evaluation mode.
         args: the positional arguments of an example, with tensors at any depth.
-        kwargs: its keyword arguments.
-        dynamic: ``"size"`` also leaves height and width free: the last two dimensions of each
-            tensor of four dimensions or more.
+        kwargs: the keyword arguments of the example.
+        dynamic: ``"size"`` also permits any height and width: the last two dimensions of each
+            tensor with four or more dimensions.
     """
     args, kwargs = pytree.tree_map_only(Tensor, _two_samples(args, kwargs), (args, kwargs))
     inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim]
@@ -46,7 +47,7 @@ def export_program(
         free += [(x, x.ndim - end) for x in inputs if x.ndim >= 4 for end in (2, 1)]
     try:
         program = _export(network, args, kwargs, free)
-    except Exception as error:  # torch raises errors of many types for what it cannot express
+    except Exception as error:  # torch raises errors of many types for unsupported code
         warnings.warn(
             "The exported network takes only the shapes of the example inputs. torch.export "
             f"cannot express other shapes: {str(error).strip().splitlines()[0]}",
@@ -70,7 +71,7 @@ def export_program(
 
 
 def _let_go_of_symbols(program: ExportedProgram) -> None:
-    """Cut the cycles that Python's collector does not see, or torch would keep every export."""
+    """Break the cycles that Python's collector does not see. Otherwise torch keeps every export."""
     mode: Any = detect_fake_mode([node.meta.get("val") for node in program.graph.nodes])
     if mode is None or mode.shape_env is None:
         return
@@ -87,7 +88,7 @@ def _export(
     kwargs: dict[str, Any],
     free: list[tuple[Tensor, int]],
 ) -> ExportedProgram:
-    """Export with the given dimensions of inputs free."""
+    """Export with the given dimensions of the inputs free."""
     shapes = torch.export.ShapesCollection()
     for x in pytree.tree_leaves((args, kwargs)):
         if isinstance(x, Tensor) and x.ndim:
@@ -97,17 +98,18 @@ def _export(
 
 
 def _two_samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    """Give a function that repeats a batch of one: torch.export takes a size of one as fixed."""
+    """Return a function that repeats a batch of one: torch.export treats a size of one as fixed."""
     first = next((x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)), None)
     if first is None or not first.ndim or first.shape[0] != 1:
-        return lambda x: x.detach().clone()  # the same tensor may not come twice
+        # clone, because torch.export does not allow the same tensor twice
+        return lambda x: x.detach().clone()
     return lambda x: torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x.detach().clone()
 
 
 def _fixed(
     program: ExportedProgram, inputs: list[Tensor], free: list[tuple[Tensor, int]]
 ) -> list[tuple[Tensor, int]]:
-    """Return the dimensions that were to be free and are not."""
+    """Return the dimensions that should be free but are fixed."""
     names = set(program.graph_signature.user_inputs)
     nodes = [node for node in program.graph.nodes if node.name in names]
     values = [v for node in nodes if isinstance(v := node.meta.get("val"), Tensor) and v.ndim]
@@ -120,9 +122,9 @@ def _fixed(
 
 
 def fold_constants(program: ExportedProgram) -> None:
-    """Compute what depends on no input, and make each result a buffer of ``program``.
+    """Compute all values that depend on no input, and store each result as a buffer of ``program``.
 
-    The dequantize operators of weights stay.
+    Keep the dequantize operators of weights.
     """
     graph, signature = program.graph_module.graph, program.graph_signature
     for node in list(graph.nodes):
@@ -157,8 +159,8 @@ def fold_constants(program: ExportedProgram) -> None:
 def _constants(program: ExportedProgram, stored: dict[str, Any]) -> dict[fx.Node, Any]:
     """Compute each node that depends on no input.
 
-    A tensor that an operation in place fills from the input is not constant, nor are its views.
-    Each time such a tensor is found, all begins again without it.
+    A tensor is not constant if an in-place operation writes input data to it. Its views are not
+    constant either. Start again without such a tensor each time one is found.
     """
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     written: set[fx.Node] = set()
@@ -170,7 +172,8 @@ def _constants(program: ExportedProgram, stored: dict[str, Any]) -> dict[fx.Node
             if node in written:
                 continue
             if spec is not None and spec.kind in _WEIGHTS and spec.target is not None:
-                values[node] = stored[spec.target].detach().clone()  # operations in place
+                # clone, because of in-place operations
+                values[node] = stored[spec.target].detach().clone()
             elif _is_constant(node, values):
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                 with torch.no_grad():
@@ -190,7 +193,7 @@ def _memory(x: Tensor) -> int:
 
 
 def _written_by(node: fx.Node, values: dict[fx.Node, Any]) -> list[fx.Node]:
-    """Give the constants among the arguments that ``node`` changes in place."""
+    """Return the constants among the arguments that ``node`` changes in place."""
     schema = getattr(node.target, "_schema", None)
     arguments = zip(schema.arguments, node.args, strict=False) if schema is not None else ()
     return [

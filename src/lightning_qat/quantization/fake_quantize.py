@@ -1,8 +1,8 @@
-"""Fake-quantizers: observe a range, derive scale and zero point from it, round and clip.
+"""Fake-quantizers: observe a range, compute scale and zero point from it, round and clip.
 
-Their state is float only: ranges, or learned scales. Scale and zero point follow from it at each
-use, so averaged or restored state needs no repair. No device is asked for a number: switches are
-Python flags.
+Their state is float only: ranges, or learned scales. Scale and zero point are computed from it at
+each use, so averaged or restored state needs no correction. No value is copied from a device:
+switches are Python flags.
 """
 
 import math
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from lightning_qat.quantization.histogram import Histogram
 from lightning_qat.quantization.qconfig import QConfig
 
-# torch's kernels have the same limit. A bias is an int32 in steps of input scale times weight
-# scale: the step of a channel of zeros must not become so small that its bias overflows.
+# torch's kernels have the same limit. A bias is an int32 with the step input scale * weight scale.
+# For a channel of zeros, a smaller step would let its bias overflow.
 SMALLEST_SCALE = 2.0**-14
 _EPSILON = torch.finfo(torch.float32).eps
 
 
 class RoundAndClip(torch.autograd.Function):
-    """Round to integers within limits; the gradient goes straight through (Bengio et al., 2013).
+    """Round to integers within limits. The gradient goes straight through (Bengio et al., 2013).
 
-    Values that are clipped have no gradient.
+    Clipped values have no gradient.
     """
 
     @staticmethod
@@ -38,13 +38,13 @@ class RoundAndClip(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        """Pass the gradient where nothing is clipped."""
+        """Pass the gradient of values that are not clipped."""
         (inside,) = ctx.saved_tensors
         return gradient * inside, None, None, None
 
 
 class Round(torch.autograd.Function):
-    """Round to multiples of ``scale`` where nothing can be clipped."""
+    """Round to multiples of ``scale``, without clipping."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
@@ -60,14 +60,14 @@ class Round(torch.autograd.Function):
 def steps(integers: Tensor, scale: Tensor, zero_point: Tensor | float) -> Tensor:
     """Return ``(integers - zero_point) * scale``; overwrite ``integers``.
 
-    torch.compile of torch 2.11 gives the result of an operation in place no gradient.
+    Do not multiply in place under torch.compile: torch 2.11 then loses the gradient.
     """
     counted = integers.sub_(zero_point)
     return counted * scale if torch.compiler.is_compiling() else counted.mul_(scale)
 
 
 def along(values: Tensor, ndim: int, axis: int) -> Tensor:
-    """Reshape one value for each index of ``axis`` so that it broadcasts over ``ndim`` axes."""
+    """Reshape one value per index of ``axis`` so that it broadcasts over ``ndim`` axes."""
     return values.reshape([-1 if i == axis else 1 for i in range(ndim)])
 
 
@@ -82,9 +82,9 @@ class FakeQuantize(nn.Module):
 
     Attributes:
         limits: the lowest and the highest integer.
-        observes: True while training data may move the range.
-        axis: the axis that has one scale for each index; None = one scale for the tensor.
-        is_known_at_start: True where preparation shows the range.
+        observes: True while training data may change the range.
+        axis: the axis with one scale for each index; None = one scale for the tensor.
+        is_known_at_start: True if preparation already sets the range.
     """
 
     limits: tuple[int, int]
@@ -100,7 +100,7 @@ class FakeQuantize(nn.Module):
         raise NotImplementedError
 
     def is_observed(self) -> Tensor:
-        """Return a bool tensor of shape []: the range is known."""
+        """Return a bool tensor of shape []: True if the range is known."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -111,12 +111,12 @@ class FakeQuantize(nn.Module):
 class ActivationFakeQuantize(FakeQuantize):
     """Fake quantization of activations by an observed range.
 
-    With ``reduce_range`` the observed maximum maps to 127, so that the pair sums of AVX2's 8-bit
-    products do not saturate. Integer kernels keep values up to 255 all the same. So the range
-    decides the scale, and the limits of the dtype decide the clipping.
+    With ``reduce_range`` the observed maximum becomes 127, so that the pair sums of AVX2's 8-bit
+    products do not saturate. Integer kernels still keep values up to 255. So the range sets the
+    scale, and the limits of the dtype set the clipping.
 
     Args:
-        qconfig: the scheme, with the bits that this tensor has.
+        qconfig: the scheme, with the bits of this tensor.
     """
 
     low: Tensor
@@ -131,7 +131,7 @@ class ActivationFakeQuantize(FakeQuantize):
         self.histogram = Histogram() if qconfig.observer == "histogram" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize ``x`` (any shape, float), first observe it where that is enabled."""
+        """Fake-quantize ``x`` (any shape, float). First observe it if that is on."""
         x = x.float()
         if self.observes:
             self._observe(x.detach())
@@ -158,7 +158,7 @@ class ActivationFakeQuantize(FakeQuantize):
         quant_min, quant_max = self.qconfig.activation_range
         low, high = self.low.clamp(max=0), self.high.clamp(min=0)
         width = torch.maximum(-low, high) * 2 if self.qconfig.symmetric else high - low
-        # a tensor of zeros may have any scale: a small one lets the next layer's bias overflow
+        # A tensor of zeros may have any scale, but a small one lets the next layer's bias overflow.
         width = torch.where(width == 0, 1.0, width)
         scale = width.div(quant_max - quant_min).clamp(min=_EPSILON)
         if self.qconfig.scales == "power_of_two":
@@ -176,12 +176,12 @@ class ActivationFakeQuantize(FakeQuantize):
 class WeightFakeQuantize(FakeQuantize):
     """Fake quantization of weights, with zero point 0.
 
-    The range is that of the weights at hand, and max|w| is the integer ``quant_max``.
+    The range comes from the present weights, and max|w| becomes the integer ``quant_max``.
 
     Args:
-        qconfig: the scheme, with the bits that this layer has.
-        axis: of the output channels.
-        channels: how many there are.
+        qconfig: the scheme, with the bits of this layer.
+        axis: the axis of the output channels.
+        channels: number of output channels.
     """
 
     largest: Tensor
@@ -196,26 +196,26 @@ class WeightFakeQuantize(FakeQuantize):
         self.register_buffer("largest", torch.full(shape, math.inf))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Fake-quantize ``weight`` (any shape), first observe it where that is enabled."""
+        """Fake-quantize ``weight`` (any shape). First observe it if that is on."""
         weight = weight.float()
         if self.observes:
             self.initialize(weight.detach())
         scale = self.qparams()[0]
         if self.axis is not None:
             scale = along(scale, weight.ndim, self.axis)
-        if self.observes:  # the largest weight is the highest integer, so nothing is clipped
+        if self.observes:  # the largest weight is the highest integer: no clipping
             return Round.apply(weight, scale)
         return RoundAndClip.apply(weight, scale, 0, self.limits)
 
     @torch.no_grad()
     def initialize(self, weight: Tensor) -> None:
-        """Take the range of ``weight``."""
-        # not abs().amax(): it would copy the weights
+        """Set the range from ``weight``."""
+        # abs().amax() would copy the weights.
         others = [i for i in range(weight.ndim) if i != self.axis]
         self.largest.copy_(torch.maximum(-weight.amin(others), weight.amax(others)))
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        """Return scales, one for each channel or of shape [], and zero points."""
+        """Return scales and zero points, one for each channel or of shape []."""
         scale = self.largest.div(self.limits[1]).clamp(min=SMALLEST_SCALE)
         if self.qconfig.scales == "power_of_two":
             scale = power_of_two(scale)

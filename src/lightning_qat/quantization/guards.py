@@ -1,4 +1,4 @@
-"""Refusals: what cannot be quantized, or cannot work beside quantization."""
+"""Refuse networks, callbacks and settings that do not work with quantization."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from lightning_qat.quantization.network import Quantization
 
 
 def is_a(callback: Any, name: str) -> bool:
-    """Return True where ``callback`` is Lightning's callback ``name``, of either package."""
+    """Return True if ``callback`` is Lightning's callback ``name``, of either package."""
     return any(base.__name__ == name for base in type(callback).__mro__)
 
 
@@ -25,7 +25,7 @@ def refuse_other_callbacks(ours: pl.Callback, trainer: pl.Trainer) -> None:
     """Check the precision and the other callbacks of a trainer.
 
     Raises:
-        UserError: one of them cannot work beside ``ours``, or not in this order.
+        UserError: one of them does not work with ``ours``, or not in this order.
     """
     if trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
         raise UserError(
@@ -52,7 +52,7 @@ def refuse_overlap(target: str | None, other: str | None) -> None:
     """Check that two callbacks quantize different networks.
 
     Raises:
-        UserError: one target is the other, or a part of it.
+        UserError: one target is the same as the other, or a part of it.
     """
     first, second = sorted((target or "", other or ""), key=len)
     if not first or first == second or second.startswith(f"{first}."):
@@ -63,10 +63,10 @@ def refuse_overlap(target: str | None, other: str | None) -> None:
 
 
 def refuse_what_cannot_be_prepared(net: nn.Module, target: str) -> None:
-    """Check that ``net`` is a network in float whose layers can be seen.
+    """Check that ``net`` is a network in float with visible layers.
 
     Raises:
-        UserError: it is not.
+        UserError: ``net`` is compiled, or is an INT8 model.
     """
     if hasattr(net, "_orig_mod"):
         raise UserError(
@@ -84,20 +84,21 @@ def refuse_unobserved(unobserved: list[str], target: str) -> None:
     """Check that each fake-quantizer has a range.
 
     Raises:
-        UserError: one has seen nothing.
+        UserError: a fake-quantizer has observed no data.
     """
     if unobserved:
         raise UserError(
             f"training has run without the observers of {unobserved[0]!r} ({len(unobserved)} in "
-            "all), so its scale is unknown. Either freeze_observer_epoch has come before they saw "
-            f"anything: raise it; or training_step does not use {target!r} itself but holds its "
-            "layers by another name: use that one; or it does not use it in the first epoch: let "
-            "it."
+            "total), so its scale is unknown. There are three possible reasons. "
+            "freeze_observer_epoch has come before the observers saw data: raise it. Or "
+            f"training_step does not use {target!r} but another name of its layers: set `target` "
+            f"to that name. Or training_step does not use {target!r} in the first epoch: use it "
+            "there."
         )
 
 
 def refuse_what_is_not_finite(net: nn.Module, quantization: Quantization) -> None:
-    """Check a trained ``net`` before its conversion: integers have no NaN, and would hide it.
+    """Check a trained ``net`` before its conversion: integers cannot show a NaN.
 
     Raises:
         UserError: a weight, a statistic of batch-norm or a scale is NaN or infinite.
@@ -110,12 +111,12 @@ def refuse_what_is_not_finite(net: nn.Module, quantization: Quantization) -> Non
             raise UserError(
                 f"{name!r} is NaN or infinite, so there is nothing to convert to INT8. Either "
                 "training has diverged: lower the learning rate; or an image holds such a value: "
-                "correct that. Go on from an earlier checkpoint."
+                "correct the image. Then continue from an earlier checkpoint."
             )
 
 
 def warn_of_learned_scales(trainer: pl.Trainer, quantization: Quantization) -> None:
-    """Say where an optimizer would leave learned scales alone, or draw them to 0."""
+    """Warn if an optimizer does not train learned scales, or if weight decay moves them to 0."""
     scales = {id(scale) for scale in learned_scales(quantization)}
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     of_scale = {id(x): group for group in groups for x in group["params"] if id(x) in scales}
@@ -123,4 +124,4 @@ def warn_of_learned_scales(trainer: pl.Trainer, quantization: Quantization) -> N
     if len(of_scale) < len(scales):
         rank_zero_warn(f"no optimizer has all learned scales of this qconfig: {advice}.")
     if any(group.get("weight_decay") for group in of_scale.values()):
-        rank_zero_warn(f"weight decay draws learned scales to 0: {advice} with weight_decay=0.")
+        rank_zero_warn(f"weight decay moves learned scales to 0: {advice} with weight_decay=0.")

@@ -1,4 +1,4 @@
-"""Ranges that cut off outliers where that costs least, by a histogram."""
+"""Find ranges that cut off outliers with the least error, from a histogram."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from lightning_qat.quantization.qconfig import QConfig
 
 _BINS = 2048
-_CANDIDATES = 128  # ends of the range that are tried
+_CANDIDATES = 128  # number of ranges that are tried
 
 
 class Histogram(nn.Module):
@@ -40,7 +40,7 @@ class Histogram(nn.Module):
     def _best_range(self, qconfig: QConfig) -> tuple[Tensor, Tensor]:
         quant_min, quant_max = qconfig.activation_range
         centers = _centers(self.low, self.high)
-        # candidates shrink both ends towards 0 by the same share
+        # Candidates move both ends towards 0 by the same share.
         share = torch.linspace(1 / _CANDIDATES, 1, _CANDIDATES, device=centers.device)[:, None]
         low, high = self.low * share, self.high * share
         if qconfig.symmetric:

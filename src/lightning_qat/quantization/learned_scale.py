@@ -1,4 +1,4 @@
-"""Scales that training learns, by gradient, beside the weights.
+"""Scales that are trained by gradient together with the weights.
 
 Esser et al., "Learned Step Size Quantization" (LSQ), ICLR 2020, equations 1 to 3 and section 2.2,
 with the offset of Bhalgat et al., "LSQ+: Improving low-bit quantization through learnable offsets
@@ -16,10 +16,10 @@ from lightning_qat.quantization.qconfig import QConfig
 
 
 def learned_scales(module: nn.Module) -> list[nn.Parameter]:
-    """Return the scales and offsets in ``module`` that training learns.
+    """Return the learned scales and offsets in ``module``.
 
-    In ``configure_optimizers``, give them a parameter group of their own without weight decay,
-    which would draw them to 0.
+    In ``configure_optimizers``, give them their own parameter group without weight decay, because
+    weight decay would move them to 0.
 
     Args:
         module: a LightningModule while ``fit`` runs with the callback.
@@ -29,13 +29,13 @@ def learned_scales(module: nn.Module) -> list[nn.Parameter]:
 
 
 class _LearnedRound(torch.autograd.Function):
-    """Round and clip; the scale has a gradient, and the offset, where the clip has one.
+    """Round and clip. The scale has a gradient, and the offset has one for clipped values.
 
-    The gradient of a scale is the rounding error where nothing is clipped, else the integer at
-    which it is (LSQ, equation 3). The gradient of an offset is 1 where something is clipped (LSQ+,
-    equation 6). Both are multiplied by ``gradient_scale``. The input has a gradient where it rounds
-    into the range, as in torch's fake-quantizers: half a step further than in LSQ, which trained
-    ResNet18 better at 2 bits.
+    The gradient of a scale is the rounding error. For a clipped value, it is the integer at which
+    the value is clipped (LSQ, equation 3). The gradient of an offset is 1 for clipped values (LSQ+,
+    equation 6). Both are multiplied by ``gradient_scale``. The input has a gradient if it rounds
+    into the range, as in torch's fake-quantizers. This range is half a step wider than in LSQ, and
+    trained ResNet18 better at 2 bits.
     """
 
     @staticmethod
@@ -60,10 +60,12 @@ class _LearnedRound(torch.autograd.Function):
         counted = x.div(scale)
         rounded = counted.round().add_(zero_point)
         integers = rounded.clamp(lowest, highest)
-        # for the scale, clipped is what leaves the range before it is rounded: LSQ, equation 1
+        # For the scale, a value is clipped if it is outside the range before rounding: LSQ,
+        # equation 1.
         inside = (counted >= lowest - zero_point) & (counted <= highest - zero_point)
         learns_offset = ctx.needs_input_grad[2]
-        # with an offset the clipped value is limit * scale + offset, else (limit - zero_point) * s
+        # With an offset, the clipped value is limit * scale + offset, else (limit - zero_point) *
+        # scale.
         clipped = integers if learns_offset else integers - zero_point
         by_scale = torch.where(inside, integers - zero_point - counted, clipped).mul_(gradient)
         axes = [axis for axis in range(x.ndim) if scale.ndim == 0 or scale.shape[axis] == 1]
@@ -76,19 +78,19 @@ class _LearnedRound(torch.autograd.Function):
 
 
 class LearnedScaleFakeQuantize(FakeQuantize):
-    """Fake quantization whose ``scale`` is a Parameter, and whose clip is real.
+    """Fake quantization whose ``scale`` is a Parameter, and that really clips.
 
     The first training step initializes it: scale 2 mean|x| / sqrt(Q) with Q the highest integer
-    (LSQ, section 2.1), of weights or of the activations of that step. Activations with negative
-    values get the zero point of the middle. With ``learned_offset``, range and zero point are those
-    of the first step's minimum and maximum, and the zero point is learned, too. After that, the
-    observers change nothing: freezing them does not freeze a learned scale. Of several processes,
-    the initial values of the first count.
+    (LSQ, section 2.1), from the weights or from the activations of that step. Activations with
+    negative values get a zero point in the middle. With ``learned_offset``, range and zero point
+    start from the minimum and maximum of the first step, and the zero point is learned, too. After
+    that, the observers change nothing, so freezing them does not freeze a learned scale. With
+    several processes, the initial values of the first process count.
 
     Args:
         qconfig: the scheme, with the bits of this tensor.
-        axis: the output channels of weights; None for activations.
-        channels: how many there are.
+        axis: the axis of a weight's output channels; None for activations.
+        channels: number of output channels.
     """
 
     is_initialized: Tensor
@@ -105,12 +107,12 @@ class LearnedScaleFakeQuantize(FakeQuantize):
         if qconfig.scales == "learned_offset" and not self.is_weight:
             self.offset = nn.Parameter(torch.tensor(0.0))
         self.register_buffer("is_initialized", torch.tensor(0.0))
-        self.register_buffer("middle", torch.tensor(0.0))  # zero point, where it is not learned
-        self.is_learning = False  # the same, where no device has to be asked
+        self.register_buffer("middle", torch.tensor(0.0))  # the zero point, if it is not learned
+        self.is_learning = False  # a copy of is_initialized on the host, so no device must be read
         self.scale = nn.Parameter(torch.ones([] if self.axis is None else [channels or 0]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize ``x`` (any shape, float32); the first training step initializes."""
+        """Fake-quantize ``x`` (any shape, float32). The first training step sets the scale."""
         x = x.float()
         if self.observes and not self.is_learning and x.numel():
             self.initialize(x.detach())
@@ -128,7 +130,7 @@ class LearnedScaleFakeQuantize(FakeQuantize):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Start from the values of ``x``."""
+        """Set the initial scale and zero point from the values of ``x``."""
         lowest, highest = self.limits
         if self.offset is not None:
             low, high = (end.clamp(*to) for end, to in zip(x.aminmax(), _ENDS, strict=True))

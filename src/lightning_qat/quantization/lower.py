@@ -1,4 +1,4 @@
-"""From a quantized network to an exported graph of integers."""
+"""Export a quantized network as a graph of integer operators."""
 
 import dataclasses
 from typing import Any, Literal
@@ -20,15 +20,15 @@ def lower(
     kwargs: dict[str, Any] | None = None,
     dynamic: Literal["batch", "size"] = "batch",
 ) -> ExportedProgram:
-    """Export ``module`` with the operators of ``ops.py`` where its networks are quantized.
+    """Export ``module``, with the operators of ``ops.py`` in its quantized networks.
 
     Args:
-        module: a quantized network, or a module around some, on the CPU.
-        args, kwargs: an example of what it takes.
+        module: a quantized network, or a module around quantized networks, on the CPU.
+        args, kwargs: an example of its inputs.
         dynamic: ``batch``: any number of samples; ``size``: any height and width, too.
 
     Returns:
-        The program: constants are folded, integers are weights of int8 and biases of int32.
+        The program. Constants are folded; weights are int8 and biases are int32.
 
     Raises:
         UserError: there is no quantized network, or it has no ranges yet.

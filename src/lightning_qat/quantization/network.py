@@ -1,8 +1,8 @@
-"""A network that is fake-quantized while it stays the user's object.
+"""Fake-quantize a network and keep the user's object.
 
-Hooks follow which module runs, and a wrapper of ``forward`` runs the network in a mode that sees
-its torch functions. Modules, parameters, their order and the keys of ``state_dict`` stay as they
-are. Ranges and scales live beside the network, in a ``Quantization``.
+Hooks track which module runs. A wrapper of ``forward`` runs the network in a mode that sees its
+torch functions. Modules, parameters, their order and the keys of ``state_dict`` do not change.
+Ranges and scales are stored outside the network, in a ``Quantization``.
 """
 
 import copy
@@ -28,23 +28,24 @@ from lightning_qat.quantization.plan import Plan, QConfigOf, Recorder, make_plan
 class Quantization(nn.Module):
     """The plan of a network, its fake-quantizers, and the state of both.
 
-    Its tensors are no part of any ``state_dict``: ``scales`` and ``load_scales`` are their way into
-    checkpoints.
+    Its tensors are not part of any ``state_dict``. ``scales`` and ``load_scales`` carry them into
+    and out of checkpoints.
 
     Attributes:
-        plan: where the network is quantized.
-        path: the names of the modules that are running; empty while the network is not.
+        plan: the places where the network is quantized.
+        path: the names of the running modules; empty if the network does not run.
         target: the dotted name of the network in its LightningModule.
         scheme: the callback's arguments, in words.
         example: positional and keyword arguments that the network takes.
-        numbers: while the network is lowered: scale and zero point of each activation.
-        lowered: while the network is lowered: the integers and scales of each layer, by site.
-        is_ready: True when all ranges are known. Before, evaluation is in float.
+        numbers: during lowering: scale and zero point of each activation.
+        lowered: during lowering: the integers and scales of each layer, by site.
+        is_ready: True if all ranges are known. Before that, evaluation is in float.
     """
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        object.__setattr__(self, "_net", (net,))  # no submodule: it would hold itself
+        # not a submodule, because the network holds this object
+        object.__setattr__(self, "_net", (net,))
         self.plan = Plan()
         self.path: list[str] = []
         self.target = ""
@@ -70,17 +71,17 @@ class Quantization(nn.Module):
 
     @property
     def is_exact(self) -> bool:
-        """True where the network computes what integer kernels will compute."""
+        """True if the network computes the same numbers as integer kernels."""
         is_lowered = self.numbers is not None
         return not (self.net.training or self._observes or self._is_identity or is_lowered)
 
     @property
     def is_active(self) -> bool:
-        """True where the network is quantized: when all ranges are known, or while it observes."""
+        """True if the network is quantized: all ranges are known, or it observes them."""
         return self.is_ready or self._observes or self._is_identity
 
     def observe(self, enabled: bool) -> None:
-        """Let data move the ranges, or not."""
+        """Let data change the ranges, or not."""
         self._observes = enabled
         for module in self.modules():
             if isinstance(module, FakeQuantize):
@@ -107,7 +108,8 @@ class Quantization(nn.Module):
         return weight
 
     def _run(self, fake_quant: Any, x: Tensor) -> Tensor:
-        # gradient checkpointing runs forward again inside backward: the same data, and no news
+        # Gradient checkpointing runs forward again inside backward, on data that was observed
+        # before.
         if self._observes and not torch.compiler.is_compiling() and _is_backward():
             fake_quant.observes = False
             rounded = fake_quant(x)
@@ -119,7 +121,7 @@ class Quantization(nn.Module):
         """Note a layer that the recorded pass did not have.
 
         Raises:
-            UserError: evaluation calls it, so the INT8 model would lack it.
+            UserError: evaluation calls the layer, so the INT8 model would not have it.
         """
         if site in self.plan.known or torch.compiler.is_compiling():
             return
@@ -128,10 +130,10 @@ class Quantization(nn.Module):
         self._unplanned.add(site)
 
     def check_layers(self) -> None:
-        """Check that training calls the same layers in each step; it may call more than evaluation.
+        """Check that each training step calls the same layers. It may call more than evaluation.
 
         Raises:
-            UserError: it does not.
+            UserError: some steps call other layers.
         """
         if not self.net.training or torch.compiler.is_compiling():
             return
@@ -143,14 +145,14 @@ class Quantization(nn.Module):
             raise UserError(f"training calls {min(changed)!r} in some steps only, {_CHANGES}")
 
     def enter(self, name: str) -> None:
-        """Note that a module starts to run; alone, it is quantized by itself."""
+        """Note that a module starts. A module that runs alone is quantized alone."""
         if not self.path and self.is_active:
             self._entered = Quantize(self)
             self._entered.__enter__()
         self.path.append(name)
 
     def leave(self) -> None:
-        """Note that a module has run."""
+        """Note that a module has ended."""
         if self.path:
             self.path.pop()
         if not self.path and self._entered is not None:
@@ -170,7 +172,7 @@ class Quantization(nn.Module):
     # tensors ----------------------------------------------------------------------------------
 
     def build(self, plan: Plan) -> None:
-        """Follow another plan; the fake-quantizers that fit it stay."""
+        """Use another plan. Keep the fake-quantizers that fit it."""
         self.plan = plan
         device = next((x.device for x in self.net.parameters()), torch.device("cpu"))
         made: dict[str, nn.Module] = {
@@ -195,7 +197,7 @@ class Quantization(nn.Module):
 
     @property
     def count(self) -> int:
-        """The number of fake-quantizers that training has to show data to."""
+        """Return the number of fake-quantizers that need training data."""
         return sum(isinstance(x, FakeQuantize) and not x.is_known_at_start for x in self.modules())
 
     def scales(self) -> dict[str, Tensor]:
@@ -206,10 +208,10 @@ class Quantization(nn.Module):
         }
 
     def load_scales(self, scales: dict[str, Tensor]) -> None:
-        """Take ranges and scales that ``scales`` gave.
+        """Load ranges and scales that ``scales`` returned.
 
         Raises:
-            UserError: they are of another network or scheme.
+            UserError: they belong to another network or scheme.
         """
         own: dict[str, Tensor] = nn.Module.state_dict(self, keep_vars=True)
         wrong = set(own) ^ set(scales) or {
@@ -230,12 +232,12 @@ class Quantization(nn.Module):
         self.is_ready = not self.unobserved()
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        """Return nothing: a checkpoint of the network stays one of the float network."""
+        """Return nothing, so that a checkpoint has only the keys of the float network."""
         return OrderedDict() if destination is None else destination
 
 
 def _not_missing(module: nn.Module, incompatible: Any) -> None:
-    """Tell ``load_state_dict`` that a ``Quantization`` misses nothing."""
+    """Tell ``load_state_dict`` that a ``Quantization`` has no missing keys."""
     own = tuple(f".{name}" for name in nn.Module.state_dict(module, keep_vars=True))
     missing = incompatible.missing_keys
     missing[:] = [key for key in missing if not key.endswith(own)] if own else missing
@@ -250,7 +252,7 @@ def _is_backward() -> bool:
 
 
 def _fitting(made: dict[str, nn.Module], present: nn.ModuleDict) -> dict[str, nn.Module]:
-    """Return the present fake-quantizers that may stand for the ones just made."""
+    """Return the present fake-quantizers that can replace the new ones."""
     return {
         key: present[key]
         for key, module in made.items()
@@ -267,7 +269,7 @@ class QuantizedForward:
 
     def __init__(self, quantization: Quantization, forward: Any = None) -> None:
         self.quantization = quantization
-        self.forward = forward  # of the instance, where it had one
+        self.forward = forward  # of the instance, if it has one
 
     @property
     def original(self) -> Any:
@@ -286,7 +288,7 @@ class QuantizedForward:
         return self.original.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the network, quantized."""
+        """Run the network in its quantized form."""
         quantization = self.quantization
         path = quantization.path
         outside = list(path)
@@ -303,10 +305,10 @@ class QuantizedForward:
 
 
 class _Enter:
-    """A forward pre-hook that keeps the path of the running module.
+    """Add the running module to the path. This is a forward pre-hook.
 
-    A module that runs outside of the network's ``forward``, as when another method of the network
-    calls it, is quantized by itself.
+    A module that runs outside the network's ``forward`` is quantized alone, for example if another
+    method of the network calls it.
     """
 
     def __init__(self, quantization: Quantization, name: str) -> None:
@@ -317,7 +319,7 @@ class _Enter:
 
 
 class _Leave:
-    """The forward hook that belongs to ``_Enter``."""
+    """Remove the module from the path. This is the forward hook that belongs to ``_Enter``."""
 
     def __init__(self, quantization: Quantization) -> None:
         self.quantization = quantization
@@ -327,7 +329,7 @@ class _Leave:
 
 
 class _Apply:
-    """The ``_apply`` of a quantized network, which ``to`` and its like call: scales go with it."""
+    """The ``_apply`` of a quantized network. ``to`` and similar methods call it for scales, too."""
 
     def __init__(self, quantization: Quantization) -> None:
         self.quantization = quantization
@@ -340,7 +342,7 @@ class _Apply:
 
 
 def quantization_of(net: nn.Module) -> Quantization | None:
-    """Return the quantization of ``net``, or None where it is a float network."""
+    """Return the quantization of ``net``, or None if it is a float network."""
     forward = vars(net).get("forward")
     return forward.quantization if isinstance(forward, QuantizedForward) else None
 
@@ -352,9 +354,9 @@ def quantized_networks(module: nn.Module) -> list[Quantization]:
 
 
 def attach(net: nn.Module) -> Quantization:
-    """Give ``net`` a quantization without a plan, or the one that it has.
+    """Return the quantization of ``net``. If it has none, give it one without a plan.
 
-    Modules that have come into the network since it got its quantization are followed, too.
+    Also track modules that were added to the network since then.
     """
     quantization = quantization_of(net)
     if quantization is None:
@@ -373,7 +375,7 @@ def attach(net: nn.Module) -> Quantization:
 
 
 def detach(net: nn.Module) -> nn.Module:
-    """Make a float network of a quantized one, in place; its weights stay as trained."""
+    """Turn a quantized network into a float network, in place. Its weights stay as trained."""
     quantization = quantization_of(net)
     if quantization is None:
         return net
@@ -393,7 +395,7 @@ def detach(net: nn.Module) -> nn.Module:
 def copy_network(net: nn.Module) -> nn.Module:
     """Return a deep copy, also of a network whose weights a hook computes, as in pruning.
 
-    torch copies no tensor that has a history.
+    torch refuses to copy a tensor that has a gradient history.
     """
     computed = [
         (module, name, value)
@@ -413,16 +415,16 @@ def copy_network(net: nn.Module) -> nn.Module:
 def prepare(
     net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], qconfig_of: QConfigOf
 ) -> Quantization:
-    """Fake-quantize ``net`` in place, by a plan of one pass in evaluation mode.
+    """Fake-quantize ``net`` in place, by a plan from one pass in evaluation mode.
 
     Args:
-        net: any network in float, or one that has been prepared before: known ranges stay.
-        args, kwargs: what it is called with.
-        qconfig_of: the scheme of a layer, by its name; None = in float.
+        net: any network in float, or a prepared network. Known ranges stay.
+        args, kwargs: arguments that the network is called with.
+        qconfig_of: function that returns the scheme of a layer by its name; None = in float.
 
     Raises:
-        UserError: the inputs do not fit; a weight is computed from the input; the network goes on
-            with a tensor that a layer or a sum has changed in place.
+        UserError: the inputs do not fit; or a weight is computed from the input; or the network
+            uses a tensor again after an in-place change of a layer's or sum's output.
     """
     quantization = attach(net)
     modes = {module: module.training for module in net.modules()}
@@ -442,8 +444,8 @@ def prepare(
     for before, after in zip(tensors(output), tensors(again), strict=True):
         if not torch.allclose(before.float(), after.float(), rtol=1e-3, atol=1e-5, equal_nan=True):
             raise UserError(
-                f"{type(net).__name__} changes a tensor in place and goes on with it under another "
-                "name, as in `x.add_(y)` without `x =`: fake quantization would be lost there. "
+                f"{type(net).__name__} changes a tensor in place and uses it again without the "
+                "result, as in `x.add_(y)` without `x =`: fake quantization would be lost there. "
                 "Write `x = x + y`."
             )
     quantization.is_ready = not quantization.unobserved()
@@ -463,7 +465,7 @@ def _run(quantization: Quantization, mode: Any, args: Any, kwargs: Any) -> Any:
 
 
 _CHANGES = (
-    "which it did not call when the network was prepared: a network that calls other layers from "
-    "step to step has no one INT8 model. Point `target` at a part that always runs the same "
-    "layers, or give `example_inputs` of the kind that it is used with."
+    "which it did not call when the network was prepared: a network that calls other layers in "
+    "each step has no single INT8 model. Point `target` at a part that always runs the same "
+    "layers, or give `example_inputs` that are like its real inputs."
 )

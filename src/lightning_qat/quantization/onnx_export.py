@@ -1,4 +1,4 @@
-"""Write an exported, quantized network as ONNX with QuantizeLinear and DequantizeLinear."""
+"""Export a quantized network as ONNX with QuantizeLinear and DequantizeLinear."""
 
 import contextlib
 import logging
@@ -16,23 +16,23 @@ from lightning_qat.quantization import ops
 if TYPE_CHECKING:
     import onnx
 
-OPSET = 20  # the first one with Gelu, which runtimes compute faster than its parts
+OPSET = 20  # the first opset with Gelu, which is faster than its parts
 _LOGGERS = ("onnxscript", "onnx_ir", "torch.onnx", "torch.export")
 
 
 def export_onnx(
     program: ExportedProgram, input_names: list[str], output_names: list[str]
 ) -> "onnx.ModelProto":
-    """Write ``program`` as ONNX; every integer stays equal.
+    """Export ``program`` as ONNX. Every integer stays equal.
 
     Args:
-        program: from ``export_program``.
-        input_names: one name for each tensor that the network takes.
-        output_names: one name for each tensor that it returns.
+        program: a program of ``export_program``.
+        input_names: one name for each input tensor of the network.
+        output_names: one name for each output tensor of the network.
 
     Raises:
         UserError: the packages of the extra ``onnx`` are missing.
-        torch.onnx.errors.OnnxExporterError: ONNX has no form for an operation of the network.
+        torch.onnx.errors.OnnxExporterError: ONNX has no form of an operation of the network.
         onnx.checker.ValidationError: the exporter's result is not valid ONNX.
     """
     try:
@@ -54,9 +54,9 @@ def export_onnx(
             output_names=output_names,
             opset_version=OPSET,
             custom_translation_table=_translations(),
-            optimize=False,  # its rewriting takes minutes for a large network
+            optimize=False,  # torch's optimization takes minutes for a large network
         )
-        assert exported is not None  # torch gives None only from its old exporter
+        assert exported is not None  # only torch's old exporter returns None
         _simplify(exported.model)
     proto = exported.model_proto
     _strip(proto)
@@ -68,7 +68,7 @@ def export_onnx(
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep torch's exporter from warning and logging about its own parts."""
+    """Silence warnings and logs of torch's exporter about its own parts."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -83,12 +83,12 @@ def _silence() -> Iterator[None]:
 
 
 def _simplify(model: Any) -> None:
-    """Compute what is constant, and keep one of equal values."""
+    """Compute constant values, and keep only one of equal values."""
     import onnxscript.optimizer
     from onnx_ir.passes import common
 
     common.InlinePass()(model)
-    for _ in range(2):  # the second round sees the shapes that the first one has found
+    for _ in range(2):  # the second round sees the shapes that the first one found
         onnxscript.optimizer.fold_constants(model)
     for simplify in (
         common.RemoveUnusedNodesPass(),
@@ -100,7 +100,7 @@ def _simplify(model: Any) -> None:
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Give the ONNX form of each of our operators."""
+    """Return the ONNX form of each operator of this package."""
     import numpy as np
     from onnxscript import ir
     from onnxscript import opset20 as op
@@ -117,7 +117,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         integers = op.QuantizeLinear(x, constant(scale, np.float32), constant(zero_point, dtype))
         if (quant_min, quant_max) == (limits.min, limits.max):
             return integers
-        # Between the two operators, ONNX Runtime still finds the pattern of an integer layer.
+        # With the Clip between the two operators, ONNX Runtime still detects an integer layer.
         return op.Clip(integers, constant(quant_min, dtype), constant(quant_max, dtype))
 
     def dequantize(integers: Any, scale: float, zero_point: int) -> Any:
@@ -127,7 +127,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         )
 
     def dequantize_per_channel(integers: Any, scale: Any, axis: int, layer: str) -> Any:
-        # ONNX Runtime fuses a linear layer only where the zero points are written.
+        # ONNX Runtime fuses a linear layer only if the zero points are given.
         zero_points = constant(np.zeros(scale.shape.numpy()), integers.dtype.numpy())
         return op.DequantizeLinear(integers, scale, zero_points, axis=axis)
 
@@ -154,7 +154,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def _name_dimensions(graph: "onnx.GraphProto") -> None:
-    """Call the free dimensions of inputs ``batch``, ``height`` and ``width``."""
+    """Name the free dimensions of inputs ``batch``, ``height`` and ``width``."""
     names: dict[str, str] = {}
     for value in graph.input:
         dimensions = value.type.tensor_type.shape.dim
@@ -177,7 +177,7 @@ def _name_dimensions(graph: "onnx.GraphProto") -> None:
 
 
 def _strip(proto: "onnx.ModelProto") -> None:
-    """Remove stack traces, which name files of this machine, and shapes that nobody needs."""
+    """Remove stack traces, which name files of this machine, and unnecessary shapes."""
     del proto.metadata_props[:]
     _strip_graph(proto.graph)
     for function in proto.functions:

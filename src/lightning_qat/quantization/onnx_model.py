@@ -1,4 +1,4 @@
-"""The INT8 model in ONNX Runtime, where torch has no integer kernels."""
+"""The INT8 model in ONNX Runtime, for a torch without integer kernels."""
 
 import copy
 from typing import Any
@@ -15,9 +15,9 @@ from lightning_qat.quantization.onnx_names import input_names
 
 
 class OnnxModel(nn.Module):
-    """A quantized network that runs in ONNX Runtime, on the CPU, in evaluation.
+    """A quantized network that runs in ONNX Runtime, on the CPU, in evaluation mode.
 
-    Input and output are those of the float network. Nothing of it can be trained.
+    It has the same input and output as the float network. It cannot be trained.
 
     Args:
         program: the lowered network.
@@ -42,17 +42,18 @@ class OnnxModel(nn.Module):
         self._session = onnxruntime.InferenceSession(proto.SerializeToString())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; a size that its graph does not take gets a graph of its own."""
-        from lightning_qat.quantization.convert import of_this_size  # which makes these models
+        """Run the model. If its graph does not accept the size, make another graph."""
+        # a late import: convert imports this file
+        from lightning_qat.quantization.convert import of_this_size
 
         model = of_this_size(self, args, kwargs)
         return model.run(args, kwargs)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the graph on inputs of sizes that it takes."""
+        """Run the graph on inputs whose sizes it accepts."""
         leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         names = input_names(self.meta["source"].forward, args, kwargs)
-        read = {x.name for x in self._session.get_inputs()}  # the graph may not need all
+        read = {x.name for x in self._session.get_inputs()}  # the graph may not use all inputs
         feeds = {
             name: x.detach().cpu().numpy()
             for name, x in zip(names, leaves, strict=True)
@@ -67,11 +68,11 @@ class OnnxModel(nn.Module):
         return pytree.tree_unflatten(values, self._out_spec)
 
     def __deepcopy__(self, memo: Any) -> "OnnxModel":
-        """Return a copy that shares the session: it has no state."""
+        """Return a copy that shares the session, because a session has no state."""
         return copy.copy(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the quantized network; unpickling converts it again, to the same integers."""
+        """Pickle the quantized network. Unpickling converts it again, to the same integers."""
         from lightning_qat.quantization.convert import convert
 
         return convert, (self.meta["source"], self.meta["engine"])

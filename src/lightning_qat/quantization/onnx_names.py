@@ -13,11 +13,11 @@ def input_names(
 ) -> list[str]:
     """Name each tensor of an example after its argument, in the order of torch.export.
 
-    A tensor within a list, a tuple or a dict also carries its position or key: ``features_0``,
-    ``features_left``.
+    A tensor inside a list, a tuple or a dict also has its position or key in its name:
+    ``features_0``, ``features_left``.
 
     Raises:
-        TypeError: ``forward`` does not take these arguments.
+        TypeError: ``forward`` does not accept these arguments.
     """
     signature = inspect.signature(forward)
     signature.bind(*args, **kwargs)
@@ -37,8 +37,8 @@ def input_names(
 def output_names(output: Any) -> list[str]:
     """Name each tensor that a network returns, in the order of torch.export.
 
-    A dict or a dataclass gives its keys, a single tensor ``output``, a tuple or list ``output_0``
-    and so on.
+    A dict or a dataclass gives its keys; a single tensor is ``output``; the items of a tuple or
+    list are ``output_0`` and so on.
     """
     if isinstance(output, Mapping) or dataclasses.is_dataclass(output):
         return _unique([x for key, value in _items(output) for x in _names(str(key), value)])
@@ -51,7 +51,7 @@ def _items(value: Any) -> list[tuple[Any, Any]]:
     if dataclasses.is_dataclass(value):
         return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
     if isinstance(value, list | tuple):
-        fields = getattr(value, "_fields", range(len(value)))  # of a namedtuple
+        fields = getattr(value, "_fields", range(len(value)))  # names of a namedtuple
         return list(zip(fields, value, strict=True))
     return []
 
@@ -63,7 +63,7 @@ def _names(name: str, value: Any) -> list[str]:
 
 
 def _unique(names: list[str]) -> list[str]:
-    """Number the names that come again."""
+    """Add a number to repeated names."""
     given: list[str] = []
     for name in names:
         unique, number = name, 1

@@ -1,4 +1,4 @@
-"""Changes to an ONNX graph that make runtimes faster and keep every integer equal."""
+"""Change an ONNX graph so that runtimes are faster and every integer stays equal."""
 
 from collections import Counter
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-_PADDED_WITH = {"Conv": 0.0, "MaxPool": -np.inf}  # the value that each takes outside its input
+_PADDED_WITH = {"Conv": 0.0, "MaxPool": -np.inf}  # the padding value of each operator
 
 
 def optimize(proto: onnx.ModelProto) -> None:
@@ -42,7 +42,7 @@ class _Values:
         return node if node is not None and node.op_type == op_type else None
 
     def same_steps(self, a: onnx.NodeProto, b: onnx.NodeProto) -> bool:
-        """Tell if two (de)quantize nodes have one scale and one zero point, of one type."""
+        """Return True if two (de)quantize nodes have equal scales, zero points and types."""
         for first, second in zip(a.input[1:], b.input[1:], strict=True):
             x, y = self.constant(first), self.constant(second)
             if x is None or y is None or x.dtype != y.dtype or not np.array_equal(x, y):
@@ -51,7 +51,7 @@ class _Values:
 
 
 def _quantize_once(graph: onnx.GraphProto) -> None:
-    """Take integers as they are where they are dequantized and quantized again alike."""
+    """Keep integers that are dequantized and then quantized again with the same scale."""
     values = _Values(graph)
     for node in graph.node:
         source = values.producer(node.input[0], "DequantizeLinear") if node.input else None
@@ -67,7 +67,7 @@ def _replace(graph: onnx.GraphProto, old: str, new: str) -> None:
 
 
 def _fold_pads(graph: onnx.GraphProto) -> None:
-    """Move a Pad in front of a convolution or a max-pool into that operator's own pads."""
+    """Move a Pad before a convolution or a max-pool into that operator's own pads."""
     nodes: list[onnx.NodeProto] = []
     values = _Values(graph)
     for node in graph.node:
@@ -80,7 +80,7 @@ def _fold_pads(graph: onnx.GraphProto) -> None:
                 before = values.producer(source, "DequantizeLinear")
                 if between and before and values.same_steps(before, between[0]):
                     between = []
-                for step in between:  # of quantize and dequantize, on values without padding
+                for step in between:  # steps of quantize and dequantize, on values without padding
                     copied = onnx.NodeProto()
                     copied.CopyFrom(step)
                     copied.input[0] = source
@@ -94,12 +94,12 @@ def _fold_pads(graph: onnx.GraphProto) -> None:
 
 
 def _up_to_pad(node: onnx.NodeProto, values: _Values) -> list[onnx.NodeProto]:
-    """Give the steps from ``node``'s input up to a Pad, or none."""
+    """Return the nodes from ``node``'s input up to a Pad, or an empty list."""
     chain: list[onnx.NodeProto] = []
     step = values.producers.get(node.input[0])
     while step is not None and step.op_type in ("QuantizeLinear", "DequantizeLinear", "Clip"):
         if node.op_type != "Conv":
-            return []  # what quantizing makes of minus infinity is a value like others
+            return []  # quantizing turns minus infinity into an ordinary value
         chain.append(step)
         step = values.producers.get(step.input[0])
     if step is None or step.op_type != "Pad":
@@ -108,7 +108,7 @@ def _up_to_pad(node: onnx.NodeProto, values: _Values) -> list[onnx.NodeProto]:
 
 
 def _spatial_pads(node: onnx.NodeProto, expected: float, values: _Values) -> list[int] | None:
-    """Give begins and ends of the spatial axes, if the padding is constant and of that value."""
+    """Return begins and ends of the spatial axes if the padding is the constant ``expected``."""
     mode = next((a.s for a in node.attribute if a.name == "mode"), b"constant")
     pads = values.constant(node.input[1])
     value: Any = 0.0
@@ -140,7 +140,7 @@ def _add_pads(node: onnx.NodeProto, pads: list[int]) -> bool:
         node.attribute.append(onnx.helper.make_attribute("pads", pads))
         return True
     own = settings["pads"].ints
-    if len(own) != len(pads):  # spatial axes that the Pad does not name
+    if len(own) != len(pads):  # the Pad names fewer spatial axes
         return False
     own[:] = [a + b for a, b in zip(own, pads, strict=True)]
     return True
@@ -161,7 +161,7 @@ def _fix_reshapes(graph: onnx.GraphProto) -> None:
             elif _is_one_number(name, values):
                 sizes.append(-1)
             else:
-                sizes += [-1, -1]  # of unknown length
+                sizes += [-1, -1]  # unknown length
         if sizes.count(-1) == 1 and 0 not in sizes:
             weight = numpy_helper.from_array(np.array(sizes), f"{node.output[0]}_shape")
             graph.initializer.append(weight)
@@ -189,9 +189,9 @@ def _remove_unused(graph: onnx.GraphProto) -> None:
 
 
 def _separate_zero_points(graph: onnx.GraphProto) -> None:
-    """Give each weight zero points of its own.
+    """Give each weight its own zero points.
 
-    Where two weights share them, ONNX Runtime 1.32 fails with ``session.x64quantprecision``.
+    If two weights share them, ONNX Runtime 1.32 fails with ``session.x64quantprecision``.
     """
     weights = {weight.name: weight for weight in graph.initializer}
     seen: set[str] = set()
@@ -208,10 +208,10 @@ def _separate_zero_points(graph: onnx.GraphProto) -> None:
 
 
 def _crop_kernels(proto: onnx.ModelProto) -> None:
-    """Crop the weights that only ever meet padding, where the image size is fixed.
+    """Remove kernel weights that only meet padding, if the image size is fixed.
 
-    Late layers see maps smaller than their kernels: at 32 x 32 pixels, ResNet18 with ImageNet's
-    stem ends in maps of 1 x 1, of which a 3 x 3 kernel uses one weight in nine.
+    The inputs of late layers are smaller than their kernels. At 32 x 32 pixels, ResNet18 with
+    ImageNet's stem ends in maps of 1 x 1, where a 3 x 3 kernel uses one weight in nine.
     """
     inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
     shapes = {
@@ -252,7 +252,8 @@ def _crop(node: onnx.NodeProto, weight: onnx.TensorProto, sizes: list[int]) -> N
         first = min(used[0] if used else 0, before // dilation)  # padding cannot be negative
         last = max(used, default=0)
         before -= first * dilation
-        reach = (outputs - 1) * stride + dilation * (last - first) + 1  # of the last output
+        # end of the last output's window
+        reach = (outputs - 1) * stride + dilation * (last - first) + 1
         after = max(0, reach - size - before)
         if size + before + after - reach >= stride:  # a shorter kernel would give more outputs
             continue

@@ -1,12 +1,12 @@
 """The operators of a lowered network: quantize, and two kinds of dequantize.
 
-A lowered network is an exported graph in which a layer stands between them::
+A lowered network is an exported graph. Each layer in it stands between these operators::
 
     x = dequantize(...)
     conv2d(x, dequantize_per_channel(weight), dequantize_per_channel(bias)) -> quantize
 
-They mean what ONNX's QuantizeLinear and DequantizeLinear mean. torch's own operators of this kind
-come with torch.ao, which a later version of torch may not have.
+They have the meaning of ONNX's QuantizeLinear and DequantizeLinear. torch's own operators for this
+are part of torch.ao, and a later version of torch may not have it.
 """
 
 import torch
@@ -23,9 +23,9 @@ def quantize(
 
     Args:
         x: any shape, float32.
-        scale, zero_point: of the whole tensor.
-        quant_min, quant_max: the limits, within 0..255, or within -128..127 where ``signed``.
-        signed: give int8, else uint8.
+        scale, zero_point: values for the whole tensor.
+        quant_min, quant_max: the limits, within 0..255, or within -128..127 if ``signed``.
+        signed: True = return int8, False = return uint8.
     """
     integers = torch.round(x / scale).add_(zero_point).clamp_(quant_min, quant_max)
     return integers.to(torch.int8 if signed else torch.uint8)
@@ -44,8 +44,8 @@ def dequantize_per_channel(integers: Tensor, scale: Tensor, axis: int, layer: st
     Args:
         integers: weights in int8, or a bias in int32. Their zero point is 0.
         scale: one value for each index of ``axis``, float32.
-        axis: the output channels.
-        layer: the name of the layer that they belong to.
+        axis: the axis of the output channels.
+        layer: the name of their layer.
     """
     shape = [-1 if i == axis else 1 for i in range(integers.ndim)]
     return integers.float() * scale.reshape(shape)

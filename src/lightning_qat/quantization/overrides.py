@@ -1,4 +1,4 @@
-"""The scheme of each layer: the network's, or another by name or type."""
+"""Choose the scheme of each layer: the scheme of the network, or an override by name or type."""
 
 import difflib
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from lightning_qat.quantization.qconfig import QConfig, describe
 
 
 class Overrides:
-    """Finds the scheme of a layer.
+    """Find the scheme of a layer.
 
     Args:
-        qconfig: the scheme of every layer without another.
-        given: schemes by name, which covers what is below it, or by type; None = in float. The
-            longest name wins, and names win over types.
-        only: the one layer, or part, that is quantized; None = all.
+        qconfig: the scheme of every layer without an override.
+        given: schemes by name or by type; None = in float. A name also covers the submodules below
+            it. The longest name wins, and names win over types.
+        only: the only layer or part to quantize; None = all.
     """
 
     def __init__(
@@ -31,11 +31,11 @@ class Overrides:
 
     @property
     def are_given(self) -> bool:
-        """True where some layer has a scheme of its own."""
+        """True if some layer has its own scheme."""
         return bool(self.given)
 
     def of(self, net: nn.Module) -> Callable[[str], QConfig | None]:
-        """Return the function that gives the scheme of a layer of ``net`` by its name."""
+        """Return a function that returns the scheme of a layer of ``net`` by its name."""
         types = {name: type(module) for name, module in net.named_modules(remove_duplicate=False)}
         self._used, self._names = set(), [name for name in types if name]
         for key in self.given:
@@ -65,10 +65,10 @@ class Overrides:
         return self.given[key]
 
     def refuse_idle(self) -> None:
-        """Check that each override is the scheme of some layer.
+        """Check that each override applies to some layer.
 
         Raises:
-            UserError: one is not.
+            UserError: an override applies to no layer.
         """
         for key in self.given:
             if key in self._used or key == "":
@@ -82,8 +82,8 @@ class Overrides:
                 )
             raise UserError(
                 f"overrides: {getattr(key, '__name__', key)!r} changes nothing. Batch-norm and "
-                "ReLU go with the layer before them: name that layer. What has no integer kernel "
-                "is in float anyway."
+                "ReLU go with the layer before them: name that layer. Layers without an integer "
+                "kernel are in float anyway."
             )
 
     def describe(self) -> str:

@@ -1,4 +1,4 @@
-"""The size of a network with weights packed at their bits, and the range of its activations."""
+"""Compute the size of a network with packed weights, and the range of its activations."""
 
 import operator
 from typing import Any
@@ -9,17 +9,17 @@ from torch import nn
 from lightning_qat.quantization.network import Quantization, quantization_of
 from lightning_qat.quantization.qconfig import saturates
 
-_WORD = 4  # bytes of a scale (float32), of a bias (int32), of a parameter in float (float32)
+_WORD = 4  # bytes of a scale (float32), a bias (int32), a float parameter (float32)
 
 
 def packed_bytes(net: nn.Module) -> int:
-    """Return the bytes that the parameters need at least: 4-bit weights take half a byte.
+    """Return the minimum bytes of the parameters: a 4-bit weight takes half a byte.
 
-    Each weight starts at a whole byte. Batch-norm is folded into its layer, which then has a bias.
-    The scales of activations, one for each layer, are left out.
+    Each weight tensor starts at a whole byte. Batch-norm is folded into its layer, which then has a
+    bias. The scales of activations, one per layer, are not counted.
 
     Args:
-        net: quantized, with scales known.
+        net: a quantized network with known scales.
     """
     quantization = _quantization(net)
     weights = quantization.plan.weights
@@ -36,11 +36,11 @@ def packed_bytes(net: nn.Module) -> int:
 
 
 def activation_range(net: nn.Module) -> dict[str, Any]:
-    """Return the highest integer of the activations of ``net``, and the reason for it.
+    """Return the range of the activations of ``net``, and the reason for it.
 
     Returns:
-        ``quant_min``, ``quant_max`` (127 or 255), ``why`` in words, and ``saturates``: sums
-        overflow on this CPU.
+        ``quant_min``, ``quant_max`` (127 or 255), ``why`` in words, and ``saturates``: True if sums
+            overflow on this CPU.
     """
     schemes = list(_quantization(net).plan.activations.values())
     low, high = max((q.activation_range for q in schemes), key=lambda x: x[1] - x[0])
@@ -61,7 +61,7 @@ def _quantization(net: nn.Module) -> Quantization:
 
 
 def _folded(quantization: Quantization) -> set[str]:
-    """Return the names of the parameters that folding batch-norm leaves nothing of."""
+    """Return the names of the parameters that are removed when batch-norm is folded."""
     names = set()
     for call in quantization.plan.calls.values():
         if call.norm:
@@ -71,7 +71,7 @@ def _folded(quantization: Quantization) -> set[str]:
 
 
 def _belongs_to(weight: str, parameter: str) -> bool:
-    """Return True for a weight, and for what a parametrization computes it from."""
+    """Return True if ``parameter`` is ``weight``, or is parametrized to compute ``weight``."""
     layer, _, last = weight.rpartition(".")
     prefix = f"{layer}." if layer else ""
     parametrized = f"{prefix}parametrizations.{last}."

@@ -1,9 +1,9 @@
-"""The plan: where a network is fake-quantized, from one recorded forward pass.
+"""Plan where to fake-quantize a network, from one recorded forward pass.
 
-A layer (convolution or linear) takes integers: its input is quantized where nothing before it has
-been. Its output is quantized behind the batch-norm and the ReLU that follow, because integer
-kernels round there once; a linear layer may give floats. A sum of two values of which one has been
-rounded takes and gives integers, too. Functions that only move values keep the scale.
+A layer (convolution or linear) takes integers: its input is quantized if nothing before has done
+it. Its output is quantized after the following batch-norm and ReLU, because integer kernels round
+once at that point. A linear layer may return floats. A sum takes and returns integers, too, if one
+of its inputs was rounded. Functions that only move values keep the scale.
 """
 
 import collections
@@ -39,19 +39,19 @@ class Call:
     """The quantization of one call.
 
     Attributes:
-        layer: the name that users know it by; "" where it belongs to another call.
-        kind: ``layer``, ``sum``, ``norm`` (a batch-norm behind a layer) or ``clamp``.
+        layer: the name that users know; "" if the call belongs to another call.
+        kind: ``layer``, ``sum``, ``norm`` (a batch-norm after a layer) or ``clamp``.
         inputs: the fake-quantizer of each input that is quantized here, by position.
-        again: the same for inputs that have been quantized before.
+        again: the same for inputs that were quantized before.
         output: the fake-quantizer of the output.
-        steps: of a layer or a sum: the fake-quantizer at the end of its chain.
-        follows: the first call of the chain that ends here; "" = this is not the end of a chain.
-        norm: of a layer: the call of the batch-norm that follows.
-        norm_tensors: names of the batch-norm's weight and running variance, and its eps, where
-            weights have one scale and are quantized with batch-norm folded in.
-        weight: of a layer: its weight's fake-quantizer.
-        axis: of a layer: the axis of the output channels in its weight.
-        multiply_adds: of a layer, for one sample.
+        steps: for a layer or a sum: the fake-quantizer at the end of its chain.
+        follows: the first call of the chain that ends here; "" = no chain ends here.
+        norm: for a layer: the call of the batch-norm after it.
+        norm_tensors: names of the batch-norm's weight and running variance, and its eps. They are
+            set if weights have one scale and are quantized with batch-norm folded in.
+        weight: for a layer: the fake-quantizer of its weight.
+        axis: for a layer: the axis of the output channels in its weight.
+        multiply_adds: for a layer: multiply-adds of one sample.
     """
 
     layer: str = ""
@@ -74,10 +74,10 @@ class Plan:
 
     Attributes:
         activations: the scheme of each fake-quantizer of activations.
-        weights: of each fake-quantizer of weights: scheme, axis and number of output channels.
+        weights: scheme, axis and number of output channels of each fake-quantizer of weights.
         known: the sites of all layers of the recorded pass.
-        in_float: the layers that stay in float: the reason.
-        float_work: multiply-adds of what stays in float, by name, for one sample.
+        in_float: the layers that stay in float, with the reason.
+        float_work: multiply-adds of one sample that stay in float, by name.
     """
 
     calls: dict[str, Call] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "Plan":
-        """Read what ``to_dict`` made."""
+        """Read the output of ``to_dict``."""
         return cls(
             calls={site: Call(**call) for site, call in plain["calls"].items()},
             activations={k: QConfig(**q) for k, q in plain["activations"].items()},
@@ -104,14 +104,14 @@ class Plan:
         )
 
     def integer_share(self) -> float:
-        """Return the share of the multiply-adds, 0..1, that integer kernels do."""
+        """Return the share of the multiply-adds, 0..1, that integer kernels compute."""
         integer = sum(call.multiply_adds for call in self.calls.values())
         return integer / max(1, integer + sum(self.float_work.values()))
 
 
 @dataclass
 class _Record:
-    """One recorded call; values are numbers of tensors."""
+    """One recorded call. Values are numbers of tensors."""
 
     site: str
     path: str
@@ -125,25 +125,25 @@ class _Record:
 
 
 class Recorder(Calls):
-    """Records the calls of one forward pass, and which values depend on the network's input."""
+    """Record the calls of one forward pass, and the values that depend on the network's input."""
 
     def __init__(self, net: nn.Module, path: list[str]) -> None:
         super().__init__(path)
         self.records: list[_Record] = []
         self._numbers: dict[int, int] = {}
-        self._kept: list[Tensor] = []  # an id is unique as long as its tensor lives
+        self._kept: list[Tensor] = []  # keep the tensor, so that its id stays unique
         self.depends: dict[int, bool] = {}
         names: dict[str, Tensor] = dict(net.named_parameters(remove_duplicate=False))
         names |= dict(net.named_buffers(remove_duplicate=False))
         self.names = {id(tensor): name for name, tensor in names.items() if tensor is not None}
 
     def number(self, tensor: Tensor, new: bool = False) -> int:
-        """Return the number of a value; an operation in place makes a new one."""
+        """Return the number of a value. An in-place operation makes a new value."""
         if new or id(tensor) not in self._numbers:
             number = len(self._kept)
             self._numbers[id(tensor)] = number
             self._kept.append(tensor)
-            # what no function here has made comes from the input, if it is no parameter
+            # A value that no recorded function made comes from the input, unless it is a parameter.
             self.depends[number] = id(tensor) not in self.names
         return self._numbers[id(tensor)]
 
@@ -176,8 +176,8 @@ def make_plan(recorder: Recorder, qconfig_of: QConfigOf) -> Plan:
     """Plan the quantization of a recorded pass.
 
     Args:
-        recorder: after the pass.
-        qconfig_of: the scheme of a layer, by its name; None = in float.
+        recorder: the recorder after the pass.
+        qconfig_of: function that returns the scheme of a layer by its name; None = in float.
 
     Raises:
         UserError: a layer's weight is computed from the network's input.
@@ -196,10 +196,11 @@ class _Planner:
                 self.users[value].append(index)
         self.layers: dict[int, str] = {}  # record -> name
         self.schemes: dict[int, QConfig] = {}  # record of a layer or a sum -> scheme
-        # value -> its fake-quantizer, and True where the value itself was fake-quantized
+        # value -> its fake-quantizer, and True if the value itself was fake-quantized
         self.quantized: dict[int, tuple[str, bool]] = {}
-        self.ends: dict[int, tuple[str, str]] = {}  # last record of a chain -> quantizer, first
-        self.producers: dict[str, QConfig] = {}  # fake-quantizer -> scheme of what it serves
+        # last record of a chain -> quantizer, first call
+        self.ends: dict[int, tuple[str, str]] = {}
+        self.producers: dict[str, QConfig] = {}  # fake-quantizer -> scheme of its layer or sum
         self.consumers: dict[str, list[int]] = collections.defaultdict(list)
         self._name_layers()
         first, last = self._ends_of_network()
@@ -284,8 +285,8 @@ class _Planner:
         )
 
     def _ends_of_network(self) -> tuple[set[int], set[int]]:
-        """Return the records of layers before which, and after which, there is no other layer."""
-        behind: set[int] = set()  # values behind a layer
+        """Return the records of layers without an earlier layer, and without a later layer."""
+        behind: set[int] = set()  # values after a layer
         first: set[int] = set()
         for index, record in enumerate(self.records):
             is_layer = record.function in LAYERS
@@ -312,7 +313,7 @@ class _Planner:
             self.quantized.update(dict.fromkeys(record.outputs, (name, True)))
 
     def _is_worth_rounding(self, record: _Record) -> bool:
-        """Return True for layers, and for sums of something that has been rounded already.
+        """Return True for layers, and for sums with an input that was rounded before.
 
         A sum of floats, as in transformers, is faster and more accurate in float.
         """
@@ -361,7 +362,7 @@ class _Planner:
                 break
         value = self.records[last].outputs[0]
         if record.function is F.linear and not self._is_read_by_layer(value):
-            return  # its integer kernel gives floats as fast
+            return  # its integer kernel returns floats at the same speed
         if not self.users[value] and record.function not in CONVOLUTIONS:
             return  # the network returns it
         call.steps = f"{record.site}:out"
@@ -374,7 +375,7 @@ class _Planner:
         bound = dict(zip(_NORM_ARGUMENTS, norm.args, strict=False)) | norm.kwargs
         if bound.get("running_mean") is None:
             return False
-        # the groups of a transposed convolution share the output axis of its weight
+        # The groups of a transposed convolution share the output axis of its weight.
         _, weight, *_ = layer_arguments(layer.args, layer.kwargs)
         axis = int(layer.function in TRANSPOSED)
         return weight.shape[axis] == len(bound["running_mean"])
@@ -399,7 +400,8 @@ class _Planner:
                 q for i, q in zip(readers, own, strict=True)
                 if not (q.wide_ends and i in first | last)
             ]  # fmt: skip
-            # the input of a layer has the bits of that layer; the most where several read it
+            # The input of a layer has the bits of that layer. With several readers, the most bits
+            # count.
             widest = max(narrow, key=lambda q: q.activation_bits, default=None)
             is_narrow = len(narrow) == len(readers)
             if widest is not None and is_narrow:

@@ -1,4 +1,4 @@
-"""Post-training quantization: the same network and conversion, calibrated instead of trained."""
+"""Post-training quantization: calibration instead of training, with the same conversion."""
 
 from typing import Any
 
@@ -9,19 +9,19 @@ from lightning_qat.quantization.base import QuantizationCallback
 
 
 class PostTrainingQuantization(QuantizationCallback):
-    """Calibrates ``target`` on the batches of one ``fit`` and converts it to INT8.
+    """Calibrate ``target`` on the batches of one ``fit``, and convert it to INT8.
 
-    ``training_step`` runs on ``limit_train_batches`` batches, but nothing is optimised: the network
+    ``training_step`` runs on ``limit_train_batches`` batches, but nothing is optimized: the network
     is in eval mode, and its observers watch. Use ``max_epochs=1``.
 
-    For the arguments see ``QuantizationCallback``.
+    See ``QuantizationCallback`` for the arguments.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """As for training, but the module must leave the steps of its optimizer to Lightning.
+        """Prepare as for training. Also check that Lightning steps the optimizer of the module.
 
         Raises:
-            UserError: it does not, or ``target`` cannot be quantised.
+            UserError: the module steps its optimizer itself, or ``target`` cannot be quantized.
         """
         if stage == "fit" and not pl_module.automatic_optimization:
             raise UserError(
@@ -31,21 +31,21 @@ class PostTrainingQuantization(QuantizationCallback):
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Manual optimisation, in which nobody optimises."""
+        """Switch to manual optimization without an optimizer step, so that no weight changes."""
         self._modes = {module: module.training for module in pl_module.modules()}
         pl_module.automatic_optimization = False
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the module as it came."""
+        """Restore the original state of the module."""
         super().on_train_end(trainer, pl_module)
         self._leave(pl_module)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Leave the module as it came."""
+        """Restore the original state of the module."""
         super().on_exception(trainer, pl_module, exception)
-        if hasattr(self, "_modes"):  # it had started
+        if hasattr(self, "_modes"):  # calibration had started
             self._leave(pl_module)
 
     def _leave(self, pl_module: pl.LightningModule) -> None:
@@ -56,6 +56,6 @@ class PostTrainingQuantization(QuantizationCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Observe what a layer will get in the INT8 network: the layers before it quantised."""
+        """Observe the inputs of the INT8 network: the layers before are quantized."""
         self._network(pl_module).eval()
         self._quantization(pl_module).observe(True)

@@ -11,7 +11,7 @@ from lightning_qat.quantization.base import QuantizationCallback
 
 
 class QuantizationAwareTraining(QuantizationCallback):
-    """Trains ``target`` with fake quantization and converts it to INT8 when ``fit`` ends.
+    """Train ``target`` with fake quantization, and convert it to INT8 when ``fit`` ends.
 
     Example::
 
@@ -20,18 +20,19 @@ class QuantizationAwareTraining(QuantizationCallback):
         trainer.fit(module, datamodule=datamodule)
         callback.int8_model(images)
 
-    The INT8 model is made of the best checkpoint's weights where a ModelCheckpoint monitors
-    something, else of the last ones. The method is Jacob et al., "Quantization and Training of
+    If a ModelCheckpoint monitors something, the INT8 model has the weights of the best checkpoint.
+    Otherwise it has the last weights. The method is Jacob et al., "Quantization and Training of
     Neural Networks for Efficient Integer-Arithmetic-Only Inference" (2018), with the freezes of
     Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference" (2018).
 
     Args:
-        qconfig: see ``QuantizationCallback``, as for the other arguments that are not named here.
-        target: dotted name of the submodule to quantize; None = what ``forward`` runs.
-        freeze_batch_norm_epoch: from this epoch on batch-norm uses and keeps its running
-            statistics, as the INT8 model will; None = never.
-        freeze_observer_epoch: from this epoch on the scales stay; None = never.
-            Both count from 0 at the start of training, also in a resumed run.
+        qconfig: see ``QuantizationCallback``, also for all other arguments that are not listed
+            here.
+        target: dotted name of the submodule to quantize; None = the network that ``forward`` runs.
+        freeze_batch_norm_epoch: from this epoch on, batch-norm uses and keeps its running
+            statistics, as in the INT8 model; None = never.
+        freeze_observer_epoch: from this epoch on, the scales stay fixed; None = never. Both epochs
+            count from 0 at the start of training, also in a resumed run.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Called before a training step: observe, and freeze by the epoch (also when resumed)."""
+        """Observe, and freeze by the epoch. Lightning calls this before a training step."""
         net, epoch = self._network(pl_module), trainer.current_epoch
         if self.freeze_observer_epoch is None or epoch < self.freeze_observer_epoch:
             self._quantization(pl_module).observe(True)
@@ -78,6 +79,6 @@ class QuantizationAwareTraining(QuantizationCallback):
                 batch_norm.train()
             self._frozen.clear()
             return
-        for module in net.modules():  # not those that the user has frozen: they are to stay it
+        for module in net.modules():  # layers that the user froze stay frozen
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
                 self._frozen.add(module.eval())

@@ -1,8 +1,8 @@
-"""The named quantization schemes: one row of one table each.
+"""The named quantization schemes: one row of a table for each scheme.
 
 ``conf/qconfig/README.md`` explains the fields. Weights are signed and symmetric, because every
-integer kernel requires that. ``reduce_range`` maps activations to 0..127 instead of 0..255: on x86
-without VNNI, two 8-bit by 8-bit products are added in 16 bits, which 0..255 overflows.
+integer kernel requires that. ``reduce_range`` maps activations to 0..127 instead of 0..255: x86
+CPUs without VNNI add two products of 8-bit numbers in 16 bits, and with 0..255 the sum overflows.
 """
 
 import dataclasses
@@ -25,20 +25,21 @@ class QConfig:
     """A quantization scheme.
 
     Args:
-        engine: the quantized engine of torch that the INT8 model is made for.
-        weight_bits: 2 to 8, signed, in int8 containers.
-        activation_bits: 2 to 8, of the inputs of layers. Other activations have 8.
-        per_channel: one weight scale for each output channel, else one for the tensor.
-        symmetric: the zero point of activations is the middle of the range, else where 0 falls.
+        engine: the quantized engine of torch for the INT8 model.
+        weight_bits: 2 to 8, signed, stored in int8.
+        activation_bits: 2 to 8, for the inputs of layers. Other activations have 8 bits.
+        per_channel: True = one weight scale for each output channel. False = one for the tensor.
+        symmetric: True = the zero point of activations is the middle of the range. False = the
+            observed range sets the zero point.
         reduce_range: map activations of 8 bits to 0..127, so that sums fit on every CPU.
-        signed: activations are int8 with zero point 0 instead of uint8.
-        observer: of activations.
+        signed: True = activations are int8 with zero point 0. False = activations are uint8.
+        observer: observer of the activations.
         averaging_constant: the weight of one batch in ``moving_average``.
-        scales: ``learned`` is LSQ, ``learned_offset`` LSQ+.
-        wide_ends: with fewer bits, the first and the last layer keep 8.
+        scales: ``learned`` is LSQ, ``learned_offset`` is LSQ+.
+        wide_ends: with fewer bits, the first and the last layer keep 8 bits.
 
     Raises:
-        UserError: a value that does not exist.
+        UserError: a value is not permitted.
     """
 
     engine: Engine = "x86"
@@ -70,12 +71,12 @@ class QConfig:
 
     @property
     def is_learned(self) -> bool:
-        """True where training learns the scales."""
+        """True if training learns the scales."""
         return self.scales in ("learned", "learned_offset")
 
     @property
     def wide(self) -> "QConfig":
-        """The same scheme with 8 bits, and with observed scales where this one has fewer."""
+        """The same scheme with 8 bits. Learned scales of fewer bits become observed scales."""
         if min(self.weight_bits, self.activation_bits) == 8:
             return self
         scales = "observed" if self.is_learned else self.scales
@@ -93,8 +94,8 @@ class QConfig:
     def activation_limits(self) -> tuple[int, int]:
         """The integers at which activations are clipped.
 
-        Integer kernels clip at the end of the dtype. So a reduced range clips there, too, unless
-        fewer bits are asked for.
+        Integer kernels clip at the end of the dtype. So a reduced range also clips there, unless
+        the scheme has fewer than 8 bits.
         """
         if self.activation_bits < 8 or self.is_learned:
             return self.activation_range
@@ -102,7 +103,7 @@ class QConfig:
 
     @property
     def weight_limits(self) -> tuple[int, int]:
-        """The integers at which weights are clipped; with 8 bits their negatives exist, too."""
+        """The integers at which weights are clipped. With 8 bits, the limits are symmetric."""
         highest = 2 ** (self.weight_bits - 1) - 1
         return (-highest, highest) if self.weight_bits == 8 else (-highest - 1, highest)
 
@@ -114,20 +115,20 @@ def _few_bits(weight: int, activation: int) -> dict[str, QConfig]:
 
 
 QCONFIGS: dict[str, QConfig] = {
-    # torch's default on x86, which takes fbgemm or oneDNN for each layer: 7-bit activations
+    # torch's default on x86, with fbgemm or oneDNN for each layer: 7-bit activations
     "x86": QConfig(),
-    # the same integers, all of them through fbgemm
+    # the same integers, but all layers use fbgemm
     "fbgemm": QConfig("fbgemm"),
-    # 8-bit activations: one bit more, and safe only on a CPU with VNNI
+    # 8-bit activations: one more bit, but safe only on a CPU with VNNI
     "onednn": QConfig("onednn", reduce_range=False),
-    # torch's kernels for ARM: one scale for a whole weight tensor
+    # torch's kernels for ARM: one scale for a weight tensor
     "qnnpack": QConfig("qnnpack", reduce_range=False, per_channel=False),
-    # int8 with zero point 0, as TensorRT's documentation asks
+    # int8 with zero point 0, as TensorRT's documentation requires
     "tensorrt": QConfig(reduce_range=False, symmetric=True, signed=True),
     "per_tensor_symmetric": QConfig(per_channel=False, symmetric=True),
     "per_tensor_affine": QConfig(per_channel=False),
     "per_channel_symmetric": QConfig(symmetric=True),
-    # ranges that cut off outliers where that costs least: for stage=ptq
+    # ranges that cut off outliers with the least error: for stage=ptq
     "histogram_ptq": QConfig(observer="histogram"),
     # scales for hardware that shifts instead of multiplying
     "power_of_two": QConfig(scales="power_of_two"),
@@ -147,7 +148,7 @@ def named_qconfig(name: str) -> QConfig:
     """Return the scheme of this name.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such scheme.
     """
     if name not in QCONFIGS:
         raise UserError(f"qconfig={name!r} is unknown: choose one of {', '.join(QCONFIGS)}.")
@@ -155,11 +156,12 @@ def named_qconfig(name: str) -> QConfig:
 
 
 def resolve_qconfig(qconfig: Any, allow_saturation: bool) -> QConfig:
-    """Return the scheme that ``qconfig`` is, names, or expresses as torch's QConfig.
+    """Return the scheme for ``qconfig``: a scheme, a name, or a QConfig of torch.
 
     Raises:
-        UserError: it is unknown; it observes only; this CPU or build of torch lacks its engine;
-            its activations are too wide for the kernels of this CPU and not ``allow_saturation``.
+        UserError: ``qconfig`` is unknown; or it only observes; or this CPU or build of torch does
+            not have its engine; or its activations are too wide for the kernels of this CPU and
+            ``allow_saturation`` is False.
     """
     checked_bool("allow_saturation", allow_saturation)
     if isinstance(qconfig, str):
@@ -184,7 +186,7 @@ def resolve_qconfig(qconfig: Any, allow_saturation: bool) -> QConfig:
             raise UserError(
                 f"this qconfig uses 8-bit activations on {qconfig.engine!r}, and this CPU has no "
                 "VNNI: sums of two products would saturate in its kernels and cost accuracy. Use "
-                "qconfig=x86, or allow_saturation=true to do it all the same."
+                "qconfig=x86, or set allow_saturation=true to accept this."
             )
         rank_zero_warn(
             "this qconfig is made for a GPU. This CPU has no VNNI, so its kernels saturate: the "
@@ -194,7 +196,7 @@ def resolve_qconfig(qconfig: Any, allow_saturation: bool) -> QConfig:
 
 
 def saturates(qconfig: QConfig) -> bool:
-    """Return True where sums of two products can overflow 16 bits in the kernels of this CPU."""
+    """Return True if sums of two products can overflow 16 bits in the kernels of this CPU."""
     low, high = qconfig.wide.activation_range
     return high - low > 127 and not torch.cpu._is_vnni_supported()
 
@@ -205,7 +207,7 @@ def resolve_overrides(
     """Return the schemes of single layers, by name or type; None = in float.
 
     Raises:
-        UserError: one of them cannot be used, or belongs to another engine than the network's.
+        UserError: a scheme cannot be used, or its engine is not the engine of the network.
     """
     if not isinstance(overrides, Mapping):
         raise UserError(f"overrides={overrides!r}: set it to a mapping, such as {{'fc': None}}.")
@@ -224,7 +226,7 @@ def resolve_overrides(
 
 
 def describe(qconfig: QConfig) -> str:
-    """Return the name of a scheme, or its fields where it has no name."""
+    """Return the name of a scheme, or its fields if it has no name."""
     for name, named in QCONFIGS.items():
         if qconfig == named:
             return name

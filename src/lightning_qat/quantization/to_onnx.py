@@ -1,4 +1,4 @@
-"""ONNX of a quantized or float network, with inputs named after the arguments of its forward."""
+"""Export a quantized or float network as ONNX. Inputs have the names of forward's arguments."""
 
 import copy
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +24,7 @@ def to_onnx(
     dynamic: Literal["batch", "size"] = "batch",
     **kwargs: Any,
 ) -> "onnx.ModelProto":
-    """Write a network as ONNX; quantized ones get QuantizeLinear and DequantizeLinear.
+    """Export a network as ONNX. A quantized network gets QuantizeLinear and DequantizeLinear.
 
     Example::
 
@@ -33,15 +33,15 @@ def to_onnx(
     Args:
         model: a callback's ``int8_model``, a quantized network, a module around one of them, or a
             float network; on the CPU. It is not changed.
-        args, kwargs: an example of what it takes; left out, the one that the callback has found.
+        args, kwargs: an example of its inputs. Without them, the example of the callback is used.
         dynamic: ``batch``: any number of samples; ``size``: any height and width, too.
 
     Returns:
-        The model. Inputs have the names of the arguments of ``forward``, outputs the keys of what
-        it returns, or ``output``.
+        The ONNX model. Inputs have the names of the arguments of ``forward``. Outputs have the keys
+            of the returned dict or dataclass, or ``output``.
 
     Raises:
-        UserError: the example does not fit, or none is known; the network has no scales yet.
+        UserError: the example does not fit, or there is no example; the network has no scales yet.
     """
     model = with_quantized_networks(model)
     if not args and not kwargs:
@@ -69,7 +69,7 @@ def program_of(
     kwargs: dict[str, Any] | None = None,
     dynamic: Literal["batch", "size"] = "batch",
 ) -> ExportedProgram:
-    """Export a module: lowered where it holds quantized networks, else in float."""
+    """Export a module: lowered if it holds quantized networks, else in float."""
     if quantized_networks(model):
         return lower(model, args, kwargs, dynamic)
     modes = {module: module.training for module in model.modules()}
@@ -81,7 +81,7 @@ def program_of(
 
 
 def with_quantized_networks(model: nn.Module) -> nn.Module:
-    """Return ``model`` with the quantized network in place of each INT8 model."""
+    """Return ``model`` with each INT8 model replaced by its quantized network."""
     sources = {
         id(module): module.meta["source"]  # type: ignore[index]
         for module in model.modules()

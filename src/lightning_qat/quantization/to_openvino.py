@@ -1,4 +1,4 @@
-"""OpenVINO's model of a quantized or float network; needs the packages onnx and openvino."""
+"""Convert a quantized or float network to OpenVINO. It needs the packages onnx and openvino."""
 
 import copy
 import functools
@@ -20,9 +20,9 @@ def to_openvino(
     dynamic: Literal["batch", "size"] = "batch",
     **kwargs: Any,
 ) -> "openvino.Model":
-    """Make a network OpenVINO's model, with every rounding of the network in it.
+    """Convert a network to an OpenVINO model that keeps every rounding of the network.
 
-    OpenVINO reads a file of ``to_onnx``, too, but leaves some roundings out of that.
+    OpenVINO can also read a file of ``to_onnx``, but then it skips some roundings.
 
     Example::
 
@@ -43,11 +43,11 @@ def to_openvino(
 
 @functools.cache
 def openvino_core() -> Any:
-    """Return OpenVINO's core of this process, which lives as long as the process.
+    """Return OpenVINO's core of this process. It exists as long as the process.
 
-    Each core gives the thread that compiles with it a stack for signals (seen in 2026.4). Where
-    several end in another order than they began, the next signal is handled on one that has been
-    freed: a Ctrl-C would crash the process.
+    Each core gives the thread that compiles with it a stack for signals (seen in 2026.4). If
+    several cores end in another order than they began, the next signal uses a freed stack, and a
+    Ctrl-C would crash the process.
 
     Raises:
         UserError: OpenVINO is not installed.
@@ -62,13 +62,14 @@ def openvino_core() -> Any:
 
 
 def keep_every_rounding(proto: "onnx.ModelProto") -> "onnx.ModelProto":
-    """Return a copy of ``proto`` of which OpenVINO leaves no rounding out.
+    """Return a copy of ``proto`` in which OpenVINO skips no rounding.
 
-    Where it fuses convolution, quantize, sum and quantize into one kernel, its CPU plugin leaves
-    the first rounding out, if that comes right behind the convolution ("drop rounding one special
-    residual pattern", dnnl_postops_composer.cpp): 16 % of the sums then come out one step off. A
-    leaky ReLU of slope 1, which changes nothing, stands between the two. So it does in front of a
-    clip in float, and of a mean over one axis, which would swallow the rounding before them.
+    OpenVINO's CPU plugin fuses convolution, quantize, sum and quantize into one kernel. It skips
+    the first rounding if that comes directly after the convolution ("drop rounding one special
+    residual pattern", dnnl_postops_composer.cpp). Then 16 % of the sums are one step off. So a
+    leaky ReLU of slope 1, which changes no value, is inserted between the two. It is also inserted
+    before a float clip and before a mean over one axis, because these would remove the rounding
+    before them.
     """
     import onnx
 
@@ -99,7 +100,7 @@ def _swallows_a_rounding(
 ) -> bool:
     from onnx import numpy_helper
 
-    if node.op_type == "Clip":  # on integers it does not
+    if node.op_type == "Clip":  # a clip on integers keeps the rounding
         return node.input[0] in producers and producers[node.input[0]].op_type != "QuantizeLinear"
     axes = [x for x in proto.graph.initializer if x.name in node.input[1:]]
     return node.op_type == "ReduceMean" and sum(numpy_helper.to_array(x).size for x in axes) == 1

@@ -1,6 +1,6 @@
-"""Modules of torch.ao with integer kernels, and schemes that are given as a QConfig of torch.ao.
+"""Modules of torch.ao with integer kernels, and conversion of QConfigs of torch.ao.
 
-No other file of the core imports torch.ao, which a later version of torch may not have.
+No other file of the core imports torch.ao, because a later version of torch may not have it.
 """
 
 from typing import Any, cast
@@ -18,7 +18,7 @@ from lightning_qat.quantization.torch_model import quantized_engine
 
 
 class FloatOutputLinear(nnq.Linear):
-    """A linear layer that takes integers, sums integers, and gives float32 without rounding."""
+    """A linear layer that takes integers, sums integers, and returns float32 without rounding."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Take a quantized tensor (..., inputs), of torch.quint8; return (..., outputs)."""
@@ -39,12 +39,12 @@ _MODULES: dict[str, Any] = {
 
 
 def has_relu(kind: str) -> bool:
-    """Return True where the kernel for ``kind`` can end in a ReLU."""
+    """Return True if the kernel for ``kind`` can end in a ReLU."""
     return _MODULES[kind][1] is not None
 
 
 def has_float_output(kind: str, engine: str) -> bool:
-    """Return True where the kernel for ``kind`` can give its sums in float32, not rounded."""
+    """Return True if the kernel for ``kind`` can return its sums in float32, without rounding."""
     return kind == "linear" and engine in ("x86", "fbgemm")
 
 
@@ -54,9 +54,9 @@ def integer_module(
     """Return torch's module with the integer kernel for ``layer``.
 
     Args:
-        layer: without ``limitation``.
-        relu: end in a ReLU.
-        output: scale and zero point of what it gives; None gives float32.
+        layer: a layer without ``limitation``.
+        relu: True = end in a ReLU.
+        output: scale and zero point of the output; None = float32 output.
         engine: the quantized engine of torch.
     """
     rows, columns = layer.integers.shape[:2]
@@ -90,14 +90,14 @@ _OBSERVERS: dict[Any, Observer] = {
 
 
 def from_torch_qconfig(qconfig: tq.QConfig) -> QConfig:
-    """Return the scheme of ours that means what a QConfig of torch.ao means.
+    """Return the scheme with the same meaning as a QConfig of torch.ao.
 
     Raises:
-        UserError: it only observes, or asks for something that no integer kernel can do.
+        UserError: the QConfig only observes, or no integer kernel supports it.
     """
     try:
         activation, weight = qconfig.activation(), qconfig.weight()
-    except AssertionError as error:  # torch's words on ranges and schemes
+    except AssertionError as error:  # torch's message about ranges and schemes
         raise UserError(
             f"this QConfig cannot be made: {error}. Let quant_min and quant_max lie within the "
             "dtype: 0..255 for quint8, -128..127 for qint8."
@@ -118,7 +118,7 @@ def from_torch_qconfig(qconfig: tq.QConfig) -> QConfig:
     return QConfig(
         engine=cast(Engine, torch.backends.quantized.engine),
         weight_bits=(weight.quant_max - weight.quant_min).bit_length(),
-        # torch's default maps 8 bits to 0..127
+        # torch's default maps 8 bits to 0..127.
         activation_bits=8 if quant_range >= 127 else quant_range.bit_length(),
         reduce_range=quant_range == 127,
         per_channel=per_channel,
@@ -151,7 +151,7 @@ def _refuse(role: str, fake_quant: Any, dtype: torch.dtype) -> None:
 
 
 def _schemes(activation: Any, weight: Any) -> bool:
-    """Check the schemes; return True where weights have a scale for each channel."""
+    """Check the schemes. Return True if weights have a scale for each channel."""
     schemes = (torch.per_tensor_affine, torch.per_tensor_symmetric)
     if activation.qscheme not in schemes:
         raise UserError(

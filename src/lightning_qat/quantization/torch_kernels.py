@@ -1,7 +1,7 @@
-"""From a lowered graph to torch's integer kernels.
+"""Translate a lowered graph to torch's integer kernels.
 
-The new graph is written in one pass. A value stays quantized where ``quantize`` made it and
-operators only moved it since; it is dequantized where an operator takes floats.
+The new graph is written in one pass. A value stays quantized after ``quantize`` as long as
+operators only move it. It is dequantized for operators that take floats.
 """
 
 import operator
@@ -30,8 +30,8 @@ from lightning_qat.quantization.torch_model import Int8Model
 aten: Any = torch.ops.aten
 kernels: Any = torch.ops.quantized
 CLAMPS = {"relu", "relu6", "hardtanh", "clamp"}
-# These take integers to integers of the same scale, and torch has them for quantized tensors.
-# Averages do not belong here: their kernels round to the scale of the input.
+# These operators keep the scale, and torch has them for quantized tensors. Averages do not belong
+# here, because their kernels round to the scale of the input.
 SAME_SCALE = {
     "relu", "max_pool1d", "max_pool2d", "max_pool3d", "flatten", "unflatten", "view", "reshape",
     "permute", "transpose", "movedim", "contiguous", "clone", "alias", "squeeze", "unsqueeze",
@@ -45,12 +45,12 @@ CHECKS = ("_assert", "sym_constrain", "_guards_fn")
 
 @dataclass(frozen=True)
 class Quantized:
-    """A value of the new graph that is a tensor of torch.quint8, or a list of some.
+    """A value of the new graph: a tensor of torch.quint8, or a list of such tensors.
 
     Attributes:
-        node: of the new graph.
-        scale, zero_point: of the tensor.
-        limits: the lowest and the highest integer that may be in it.
+        node: node of the new graph.
+        scale, zero_point: scale and zero point of the tensor.
+        limits: the lowest and the highest integer that it may contain.
     """
 
     node: Any
@@ -65,14 +65,15 @@ class Quantized:
 
 
 def to_torch_kernels(lowered: fx.GraphModule, engine: str) -> Int8Model:
-    """Return ``lowered`` with torch's integer kernels in place of layers between integers.
+    """Return ``lowered`` with torch's integer kernels instead of layers between integers.
 
-    Each layer is a module of ``torch.ao.nn.quantized`` under the name that it has in the network,
-    or a FloatLayer where ``engine`` has no right kernel for it; ``weight()`` of both gives the
-    quantized weight. A layer that is called again with other scales has a number behind its name.
+    Each layer is a module of ``torch.ao.nn.quantized`` under its name in the network. It is a
+    FloatLayer if ``engine`` has no correct kernel for it. ``weight()`` of both returns the
+    quantized weight. If a layer is called again with other scales, its second module has a number
+    after its name.
 
     Args:
-        lowered: as ``lower`` makes it. It is not changed.
+        lowered: a graph made by ``lower``. It is not changed.
         engine: one of ``torch.backends.quantized.supported_engines``.
     """
     return _Translation(lowered, engine).model()
@@ -123,7 +124,7 @@ class _Translation:
             node = node.args[0]
 
     def keep_memory(self, node: Any) -> None:
-        """Let ``node``, and what shares its memory, be floats that operators write to."""
+        """Keep ``node`` and values that share its memory as floats that operators can change."""
         while _is_view(node):
             node = node.args[0]
         pending = [node]
@@ -137,7 +138,7 @@ class _Translation:
         if node.op == "placeholder":
             self.floats[node] = self.graph.placeholder(node.target)
         elif node.op == "get_attr" or name.startswith(CHECKS) or name == "dequantize_per_channel":
-            return  # constants are written where they are used
+            return  # constants are written at their place of use
         elif is_ours(node, "quantize"):
             self.quantized[node] = self.quantize(node)
         elif is_ours(node, "dequantize"):
@@ -172,12 +173,12 @@ class _Translation:
         }
         args, kwargs = fx.node.map_arg((node.args, kwargs), self.float)
         self.floats[node] = self.graph.create_node(node.op, target, args, kwargs)
-        if changes:  # later readers see what was written
+        if changes:  # later readers see the change
             self.quantized.pop(node.args[0], None)
             self.floats[node.args[0]] = self.floats[node]
 
     def float(self, node: Any) -> Any:
-        """Return the node of the new graph that gives ``node`` in float32."""
+        """Return the node of the new graph that holds ``node`` in float32."""
         if node not in self.floats and node in self.quantized:
             held = self.quantized[node].node
             self.floats[node] = self.graph.call_method("dequantize", (held,))
@@ -202,9 +203,9 @@ class _Translation:
         return self.graph.get_attr(prefix + last)
 
     def place(self, name: str) -> tuple[str, nn.Module, str]:
-        """Return prefix and module of the parent of ``name``, and a last part that is free."""
+        """Return prefix and parent module of ``name``, and a free last part of the name."""
         *parents, last = name.split(".")
-        if hasattr(Int8Model, name.split(".")[0]):  # such as `graph`
+        if hasattr(Int8Model, name.split(".")[0]):  # a name such as `graph`
             *parents, last = f"layer_{name}".split(".")
         module = self.root
         for part in parents:
@@ -259,7 +260,7 @@ class _Translation:
 
     def quantize(self, node: Any) -> Quantized:
         x, scale, zero_point, lowest, highest, signed = node.args
-        shift = 128 if signed else 0  # torch's kernels take unsigned activations only
+        shift = 128 if signed else 0  # torch's kernels take only unsigned activations
         wanted = Quantized(None, scale, zero_point + shift, (lowest + shift, highest + shift))
         chain = self.chains.get(node, [])
         made = self.fused(chain, wanted) if chain else None
@@ -279,14 +280,14 @@ class _Translation:
         if (low, high) == held.limits:
             return held
         x = held.node
-        if self.engine == "qnnpack":  # its clamp gives channels_last in the wrong order
+        if self.engine == "qnnpack":  # its clamp returns channels_last in the wrong order
             x = self.graph.call_function(aten.contiguous, (x,))
         values = [(limit - held.zero_point) * held.scale for limit in (low, high)]
         node = self.graph.call_function(aten.clamp, (x, *values))
         return replace(held, node=node, limits=(low, high))
 
     def fused(self, chain: list[Any], wanted: Quantized) -> Quantized | None:
-        """Return the value of one kernel for ``chain``; None where there is none."""
+        """Return the value of one kernel for ``chain``, or None if there is no kernel."""
         first, name = chain[0], operator_name(chain[0])
         limits, relu = wanted.limits, False
         for clamp in chain[1:]:
@@ -320,7 +321,7 @@ class _Translation:
         return self.graph.call_function(kernel, (*held, *wanted.steps))
 
     def module(self, layer: Layer, key: Any, make: Callable[[], nn.Module]) -> str:
-        """Return the name of the module for ``layer``; calls with an equal ``key`` share it."""
+        """Return the name of the module for ``layer``. Calls with an equal ``key`` share it."""
         tensors = [x for x in (layer.integers, layer.scale, layer.bias) if x is not None]
         full = (layer.name, key, *(x.numpy().tobytes() for x in tensors))
         if full not in self.modules:
@@ -378,7 +379,7 @@ class _Translation:
 
 
 def _packet(node: Any) -> Any:
-    """Return the target of ``node`` in a form that TorchScript knows: it knows no overloads."""
+    """Return the target of ``node`` without an overload, because TorchScript knows no overloads."""
     return getattr(node.target, "overloadpacket", node.target)
 
 
@@ -388,20 +389,20 @@ def _writes(node: Any) -> bool:
 
 
 def _is_view(node: Any) -> bool:
-    """Return True where ``node`` may share the memory of its first argument."""
+    """Return True if ``node`` may share the memory of its first argument."""
     if not isinstance(getattr(node, "target", None), torch._ops.OpOverload) or _writes(node):
         return getattr(node, "target", None) is operator.getitem
     return any(x.alias_info is not None for x in node.target._schema.returns)
 
 
 def _is_plain(spec: Any) -> bool:
-    """Return True where ``spec`` is made of what code can write: tuples, lists and dicts."""
+    """Return True if ``spec`` has only types that code can write: tuples, lists and dicts."""
     plain = spec.is_leaf() or spec.type in (tuple, list, dict)
     return plain and all(_is_plain(x) for x in spec.children())
 
 
 def _clamp_limits(node: Any, wanted: Quantized) -> tuple[int, int] | None:
-    """Return the integers at which ``node`` clamps: clamping may follow the rounding."""
+    """Return the integers at which ``node`` clamps. Clamping may follow the rounding."""
     given = arguments(node)
     ends = {
         "relu": (0, None),

@@ -1,4 +1,4 @@
-"""Layers of a lowered graph: their settings, and what torch's kernels cannot do with them."""
+"""Layers of a lowered graph: their settings, and the limitations of torch's kernels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,10 +19,10 @@ class Layer:
     """A convolution or linear layer of a lowered graph.
 
     Attributes:
-        name: of the module that it is in the network.
-        kind: ``linear``, ``conv2d``, ``conv_transpose2d`` and the like.
+        name: name of its module in the network.
+        kind: ``linear``, ``conv2d``, ``conv_transpose2d`` and so on.
         integers: the weight, int8; its zero point is 0.
-        scale: of each output channel, float32.
+        scale: scale of each output channel, float32.
         bias: float32, one for each output channel.
         stride, padding, dilation, output_padding: one integer for each dimension; empty for linear.
     """
@@ -49,7 +49,7 @@ class Layer:
         return tuple(self.integers.shape[2:])
 
     def quantized_weight(self) -> Tensor:
-        """Return the weight as a tensor of torch.qint8, per tensor where all scales are equal."""
+        """Return the weight as a tensor of torch.qint8, per tensor if all scales are equal."""
         axis = int(self.is_transposed)
         if self.is_transposed and self.has_one_scale():
             return torch._make_per_tensor_quantized_tensor(self.integers, float(self.scale[0]), 0)
@@ -59,14 +59,14 @@ class Layer:
         )
 
     def has_one_scale(self) -> bool:
-        """Return True where every output channel has the same scale."""
+        """Return True if every output channel has the same scale."""
         return bool((self.scale == self.scale[0]).all())
 
 
 def limitation(layer: Layer, engine: str) -> str | None:
-    """Return why ``engine`` has no right kernel for ``layer``; None where it has one.
+    """Return why ``engine`` has no correct kernel for ``layer``; None if it has one.
 
-    Each was seen in torch 2.15: other numbers than the float operator gives, or an error.
+    Each limitation was seen in torch 2.15: other numbers than the float operator, or an error.
     """
     if engine == "qnnpack" and layer.kind.endswith("3d"):
         return f"{engine} cannot copy or save weights of three dimensions"
@@ -74,7 +74,7 @@ def limitation(layer: Layer, engine: str) -> str | None:
         return _limitation_transposed(layer, engine)
     spans = zip(layer.kernel_size, layer.padding, layer.dilation, strict=True)
     if engine in ("x86", "onednn") and any(pad > step * (k - 1) for k, pad, step in spans):
-        # oneDNN reads memory there that was never written, in some runs only
+        # oneDNN sometimes reads uninitialized memory there.
         return f"{engine}'s kernel is wrong where whole windows lie in padding"
     return None
 
@@ -99,7 +99,7 @@ def _limitation_transposed(layer: Layer, engine: str) -> str | None:
 
 
 class FloatLayer(nn.Module):
-    """A layer that computes in float32 and holds its weight as integers.
+    """A layer that computes in float32 and stores its weight as integers.
 
     Args:
         layer: a linear layer or a convolution.
@@ -133,7 +133,8 @@ class FloatLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take and return float32, in the shapes of the float layer."""
-        # `to(x)`: freezing would fold a cast of constants, into floats of four times the size
+        # `to(x)`, because freezing would fold a cast of constants into floats of four times the
+        # size.
         weight = self.integers.to(x) * self.scale
         if self.is_linear:
             return F.linear(x, weight, self.bias)
@@ -144,20 +145,20 @@ class FloatLayer(nn.Module):
 
 
 def operator_name(node: Any) -> str:
-    """Return the operator of ``node`` without namespace, overload and the mark of in-place ones."""
+    """Return the operator name of ``node`` without namespace, overload and in-place underscore."""
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target.overloadpacket.__name__).removesuffix("_")
     return getattr(node.target, "__name__", str(node.target))
 
 
 def is_ours(node: Any, name: str) -> bool:
-    """Return True where ``node`` calls ``torch.ops.lightning_qat.<name>``."""
+    """Return True if ``node`` calls ``torch.ops.lightning_qat.<name>``."""
     target = getattr(node, "target", None)
     return getattr(target, "overloadpacket", None) is getattr(torch.ops.lightning_qat, name)
 
 
 def arguments(node: Any) -> dict[str, Any]:
-    """Return the arguments of an operator by name, defaults included."""
+    """Return the arguments of an operator by name, with the defaults."""
     schema = node.target._schema.arguments
     given = dict(zip((x.name for x in schema), node.args, strict=False)) | node.kwargs
     return {x.name: given.get(x.name, x.default_value) for x in schema}
@@ -167,11 +168,11 @@ def read_layer(node: Any, value: Callable[[Any], Any]) -> tuple[Layer, list[int]
     """Return the layer that ``node`` calls, and the zeros that ``pad`` must add to its input.
 
     Args:
-        node: of a lowered graph, one of LAYERS.
-        value: gives the tensor of a constant of the graph.
+        node: node of a lowered graph, one of LAYERS.
+        value: function that returns the tensor of a constant of the graph.
 
     Returns:
-        None where weight or bias are no integers, or where a convolution has no batch.
+        None if the weight or the bias is not an integer tensor, or if a convolution has no batch.
     """
     given, kind = arguments(node), operator_name(node)
     weight, bias = given["weight"], given["bias"]

@@ -1,4 +1,4 @@
-"""The INT8 model of torch's integer kernels, and TorchScript of it."""
+"""The INT8 model with torch's integer kernels, and its TorchScript."""
 
 import io
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from lightning_qat.errors import UserError
 
 @contextmanager
 def quantized_engine(engine: str) -> Iterator[None]:
-    """Let torch pack and load quantized weights for ``engine``, which is global in torch."""
+    """Let torch pack and load quantized weights for ``engine``. The setting is global in torch."""
     previous, torch.backends.quantized.engine = torch.backends.quantized.engine, engine
     try:
         yield
@@ -24,8 +24,8 @@ def quantized_engine(engine: str) -> Iterator[None]:
 class Int8Model(fx.GraphModule):
     """A network with torch's integer kernels, on the CPU, in eval mode.
 
-    Input and output are those of the float network. ``meta["in_float"]`` maps the name of each
-    layer without an integer kernel to the reason.
+    It has the same input and output as the float network. ``meta["in_float"]`` maps the name of
+    each layer without an integer kernel to the reason.
     """
 
     __jit_unused_properties__ = [*fx.GraphModule.__jit_unused_properties__, "engine"]  # noqa: RUF012
@@ -36,31 +36,33 @@ class Int8Model(fx.GraphModule):
         return self.meta["engine"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; a size that its graph does not take gets a graph of its own.
+        """Run the model. If its graph does not accept the size, make another graph.
 
         Raises:
             UserError: torch.export cannot follow the network at this size.
         """
-        from lightning_qat.quantization.convert import of_this_size  # which makes these models
+        # a late import: convert imports this file
+        from lightning_qat.quantization.convert import of_this_size
 
         model = of_this_size(self, args, kwargs)
         if model is not self:
             return model(*args, **kwargs)
-        with quantized_engine(self.engine):  # QNNPACK's sums follow the engine of the call
+        with quantized_engine(self.engine):  # QNNPACK's sums use the engine at the time of the call
             return super().__call__(*args, **kwargs)
 
     def __deepcopy__(self, memo: Any) -> Any:
-        with quantized_engine(self.engine):  # torch packs the weights of the copy anew
+        with quantized_engine(self.engine):  # torch packs the weights of the copy again
             return super().__deepcopy__(memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the quantized network; unpickling converts it again, to the same integers."""
-        from lightning_qat.quantization.convert import convert  # which makes these models
+        """Pickle the quantized network. Unpickling converts it again, to the same integers."""
+        # a late import: convert imports this file
+        from lightning_qat.quantization.convert import convert
 
         return convert, (self.meta["source"], self.engine)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Int8Model":
-        """Convert or move tensors, as ``to``, ``cuda`` and their like do.
+        """Convert or move tensors, as ``to``, ``cuda`` and similar methods do.
 
         Raises:
             UserError: the model would leave the CPU.
@@ -77,11 +79,12 @@ class Int8Model(fx.GraphModule):
 def torch_script(model: nn.Module) -> torch.jit.ScriptModule:
     """Return ``model`` scripted and frozen: weights become constants.
 
-    torch keeps the code of whatever it scripts as long as the process lives, and freezing puts the
-    weights into it. The code of a loaded script is freed with its last user: that is frozen here.
+    torch keeps the code of every scripted module until the process ends, and freezing puts the
+    weights into this code. The code of a loaded script is freed with its last user. So load the
+    script again and freeze the loaded script.
 
     Args:
-        model: an Int8Model, or a module around some, whose inputs are tensors.
+        model: an Int8Model, or a module around Int8Models, whose inputs are tensors.
     """
     _forget_freed_operators(model)
     scripted = io.BytesIO()
@@ -93,11 +96,11 @@ def torch_script(model: nn.Module) -> torch.jit.ScriptModule:
 
 
 def _forget_freed_operators(model: nn.Module) -> None:
-    """Take from torch's list of operators the addresses at which ``model`` has something else.
+    """Remove wrong entries for attributes of ``model`` from torch's list of operators.
 
-    The list keeps addresses of operators that are freed when torch.library adds to them. In one
-    run in dozens (torch 2.15) an attribute comes to lie at one of them, and scripting fails with
-    "builtin cannot be used as a value".
+    The list keeps the addresses of operators that are freed when torch.library adds to them. In one
+    run in dozens (torch 2.15), an attribute gets such an address, and scripting fails with "builtin
+    cannot be used as a value".
     """
     operators = torch.jit._builtins._get_builtin_table()
     for module in model.modules():

@@ -1,1 +1,1 @@
-"""What a run leaves to read: metrics.json and tables."""
+"""The results of runs and sweeps: metrics.json, tables and HTML pages."""

@@ -1,4 +1,4 @@
-"""What lies beside a run: its training curves, and the PTQ run it compares with."""
+"""Find files that belong to a run: its training curves, and the PTQ run to compare it with."""
 
 import csv
 import json
@@ -11,11 +11,11 @@ from lightning_qat.report.metrics import FILE_NAME
 
 Curve = tuple[list[int], list[float]]  # steps, values
 
-# What a QAT and a PTQ run must share so that the two differ in method only.
+# A QAT run and a PTQ run must share these, so that they differ only in the method.
 _SAME = ("data", "model", "qconfig", "seed", "weights_sha256")
 _SAME_ARGUMENTS = ("overrides=", "only=", "qconfig.", "allow_saturation=")
 
-# What a run of another stage does not take over.
+# Arguments that a run of another stage does not take over.
 _OF_ONE_RUN = (
     "stage=",
     "ckpt_path=",
@@ -27,7 +27,7 @@ _OF_ONE_RUN = (
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """What Lightning's CSVLogger has left in ``folder/csv``, by the name it was logged under."""
+    """Return the curves that Lightning's CSVLogger wrote to ``folder/csv``, by their names."""
     curves: dict[str, Curve] = {}
     path = folder / "csv" / "metrics.csv"
     if not path.exists():
@@ -43,10 +43,9 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
 
 def find_ptq(metrics: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest finished PTQ run of the same network: its folder and its metrics.
+    """Return the folder and the metrics of the newest finished PTQ run of the same network.
 
-    Looked for in the folders beside the run, and in ``runs/*`` and ``multiruns/*/*`` of the
-    output folder.
+    Search the folders beside the run, and ``runs/*`` and ``multiruns/*/*`` of the output folder.
     """
     folder = folder.resolve()
     patterns = [(folder.parent, "*")]
@@ -56,7 +55,7 @@ def find_ptq(metrics: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any
     for path in sorted(found, key=lambda path: (path.stat().st_mtime, path), reverse=True):
         try:
             other = json.loads(path.read_text())
-        except (OSError, ValueError):  # of another program, or gone meanwhile
+        except (OSError, ValueError):  # written by another program, or deleted since
             continue
         if _comparable(other, metrics):
             return path.parent, other
@@ -75,7 +74,7 @@ def _deciding_arguments(metrics: dict[str, Any]) -> set[str]:
 
 
 def command_for(stage: str, metrics: dict[str, Any]) -> str:
-    """The command of a run, with another stage."""
+    """Return the command of a run with another stage."""
     words = shlex.split(metrics["command"])[2:]
     others = [word for word in words if not word.lstrip("+~").startswith(_OF_ONE_RUN)]
     return shlex.join(["python", "train.py", f"stage={stage}", *others])

@@ -1,7 +1,7 @@
-"""What the plots of all pages share: inline SVG, whose colours are the page's.
+"""Common parts of the plots of all pages: inline SVG in the colors of the page.
 
-They follow its light and dark theme. Text stays text, in the page's font. Nothing of matplotlib's
-global state is touched, and the same figures give the same SVG.
+The plots follow the light and the dark theme of the page. Text remains text, in the font of the
+page. The global state of matplotlib does not change, and the same figures give the same SVG.
 """
 
 import io
@@ -16,7 +16,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# CSS variable of report.css -> the colour that stands for it while matplotlib draws.
+# CSS variable of report.css -> the color that replaces it while matplotlib draws.
 COLOURS = {
     name: f"#{number:02x}{number:02x}{number:02x}"
     for number, name in enumerate(
@@ -27,7 +27,7 @@ _VARIABLES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "lightning_qat",
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a class may be called $
+    "text.parse_math": False,  # a class may have the name $
     "font.size": 9,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
@@ -47,24 +47,24 @@ _STYLE: dict[str, Any] = {
     "ytick.labelcolor": COLOURS["ink"],
     "ytick.major.size": 0,
 }
-WIDTH = 4.4  # inches, 317 units: as wide as a phone, so that 9-point text stays legible on it
-_ROW = 0.27  # inches of one row of a bar chart
+WIDTH = 4.4  # inches, 317 units: the width of a phone, so that 9-point text is legible there
+_ROW = 0.27  # height in inches of one row of a bar chart
 CUT = "\N{HORIZONTAL ELLIPSIS}"
 
 
 def style() -> AbstractContextManager[None]:
-    """In which everything is drawn."""
+    """Return the matplotlib style of all plots, as a context manager."""
     return matplotlib.style.context(_STYLE, after_reset=True)
 
 
 def panel(height: float) -> tuple[Figure, Axes]:
-    """Axes on a figure as wide as a phone, so many inches high."""
+    """Return a figure with the width of a phone and ``height`` inches, and its axes."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
 
 
 def named_rows(names: Sequence[str]) -> tuple[Figure, Axes]:
-    """Axes with one named row each, the first on top."""
+    """Return a figure and its axes with one named row each, the first row on top."""
     figure, axes = panel(0.75 + _ROW * len(names))
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -73,15 +73,15 @@ def named_rows(names: Sequence[str]) -> tuple[Figure, Axes]:
 
 
 def note(axes: Axes, x: float, row: int, text: str) -> None:
-    """A number behind the bar of a row."""
+    """Write a number after the bar of a row."""
     axes.annotate(text, (x, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
 
 
 def svg(figure: Figure, label: str) -> Markup:
-    """The figure as an element of an HTML page."""
+    """Return the figure as an element of an HTML page."""
     file = io.StringIO()
     with warnings.catch_warnings():
-        # the browser has the glyphs that matplotlib's own font lacks
+        # The browser has the glyphs that are missing in matplotlib's own font.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(
             file,
@@ -95,7 +95,7 @@ def svg(figure: Figure, label: str) -> Markup:
     text = re.sub(r"<svg.*?>", lambda _: head, text, count=1, flags=re.DOTALL)
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
     text = text.replace("xlink:href=", "href=")
-    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)  # the page's own
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # the same in every plot of a page
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)  # use the font of the page
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # the ids are the same in every plot of a page
     text = re.sub(r"(?<=: )#[0-9a-f]{6}(?=[;\"])", lambda m: _VARIABLES.get(m[0], m[0]), text)
     return Markup(text)  # matplotlib has escaped its texts

@@ -1,4 +1,4 @@
-"""The machine and the versions behind a measurement."""
+"""The machine and the versions that a measurement was made with."""
 
 import platform
 import subprocess
@@ -11,7 +11,7 @@ import torch
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor, GPU, commit and date; what is not known here is None."""
+    """Return versions, processor, GPU, commit and date. Unknown values are None."""
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -26,15 +26,15 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory() -> dict[str, int | None]:
-    """The most that this process has held so far, in bytes.
+    """Return the highest memory use of this process so far, in bytes.
 
     Returns:
-        ``rss``: in memory, None where neither Linux nor macOS tells it; ``gpu``: allocated by
-        torch, None without a GPU.
+        ``rss``: memory of the process, None if neither Linux nor macOS reports it. ``gpu``: memory
+            allocated by torch, None without a GPU.
     """
     rss = None
     if sys.platform == "linux":
-        # getrusage would give that of the process that started this one, where it held more
+        # getrusage may return the value of the parent process, if that one used more memory.
         status = Path("/proc/self/status").read_text().splitlines()
         rss = next((int(x.split()[1]) * 1024 for x in status if x.startswith("VmHWM:")), None)
     elif sys.platform == "darwin":
@@ -63,6 +63,6 @@ def _commit() -> str | None:
             text=True,
             check=True,
         )
-    except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout
+    except (OSError, subprocess.CalledProcessError):  # no git, or no git repository
         return None
     return git.stdout.strip()

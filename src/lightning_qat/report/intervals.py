@@ -1,4 +1,4 @@
-"""95 % intervals of what a test set of finite size, or a few seeds, can show."""
+"""95 % intervals of accuracies, from the size of the test set or from a few seeds."""
 
 import math
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ _Z = 1.96
 
 
 def wilson(share: float, images: int) -> tuple[float, float]:
-    """Interval of an accuracy (Wilson 1927): within 0..1, also where nothing was wrong.
+    """Return the interval of an accuracy (Wilson 1927). It stays in 0..1, even at 100 %.
 
     Args:
-        share: the accuracy measured, 0..1.
-        images: how many it was measured on.
+        share: the measured accuracy, 0..1.
+        images: number of test images.
     """
     centre = (share + _Z**2 / (2 * images)) / (1 + _Z**2 / images)
     half = math.sqrt(share * (1 - share) / images + (_Z / (2 * images)) ** 2)
@@ -26,14 +26,14 @@ def wilson(share: float, images: int) -> tuple[float, float]:
 
 
 def paired_difference(right: Tensor, reference_right: Tensor) -> tuple[float, float]:
-    """Interval of the accuracy difference of two networks on the same images.
+    """Return the interval of the accuracy difference of two networks on the same images.
 
-    Only the images on which one is right and the other wrong count, so it is far narrower than
-    that of two test sets (Bonett and Price 2012, adjusted Wald).
+    Only the images on which exactly one network is right count. So the interval is far narrower
+    than the interval for two test sets (Bonett and Price 2012, adjusted Wald).
 
     Args:
-        right: bool N, whether the network was right.
-        reference_right: bool N, whether the one it is compared with was.
+        right: bool N, True for the images on which the network was right.
+        reference_right: the same for the network that it is compared with.
     """
     images = len(right) + 2
     won = (int((right & ~reference_right).sum()) + 1) / images
@@ -43,7 +43,7 @@ def paired_difference(right: Tensor, reference_right: Tensor) -> tuple[float, fl
 
 
 def difference(evidence: Evidence) -> dict[str, Any]:
-    """INT8 - FP32 test accuracy and its paired interval, for metrics.json; {} without INT8."""
+    """Return the INT8 - FP32 test accuracy and its paired interval; {} without INT8."""
     if "int8" not in evidence.logits:
         return {}
     int8, fp32 = (evidence.logits[x].argmax(1) == evidence.labels for x in ("int8", "fp32"))
@@ -53,16 +53,16 @@ def difference(evidence: Evidence) -> dict[str, Any]:
 
 
 def unpaired_noise(first: float, second: float, images: int) -> float:
-    """Half the interval of the difference of two accuracies, of which only the shares are known.
+    """Return half the interval of the difference of two accuracies if only the shares are known.
 
-    On the same images it is too wide rather than too narrow.
+    If both were measured on the same images, the result is too wide rather than too narrow.
     """
     return _Z * math.sqrt((first * (1 - first) + second * (1 - second)) / images)
 
 
 def student(values: Sequence[float]) -> tuple[float, float]:
-    """Interval of the mean of a few measurements (Student 1908), two or more."""
-    from scipy.stats import sem, t  # takes a while to import, and few runs need it
+    """Return the interval of the mean of two or more measurements (Student 1908)."""
+    from scipy.stats import sem, t  # a slow import that few runs need
 
     centre = fmean(values)
     half = float(t.ppf(0.975, len(values) - 1) * sem(values))

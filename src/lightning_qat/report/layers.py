@@ -1,4 +1,4 @@
-"""layers.csv: what quantization does to each layer."""
+"""layers.csv: the effect of quantization on each layer."""
 
 import csv
 from pathlib import Path
@@ -10,11 +10,12 @@ FILE_NAME = "layers.csv"
 
 
 def write_layers_csv(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Write ``folder/layers.csv``, worst layer first, or leave what was there.
+    """Write ``folder/layers.csv``, worst layer first. After an error, the old file is unchanged.
 
     Args:
-        rows: as ``layer_damage`` gives them; None is written as an empty cell. No rows, no file.
-        folder: exists.
+        rows: rows of ``layer_damage``. None is written as an empty cell. Without rows, no file is
+            written.
+        folder: an existing folder.
     """
     if not rows:
         return

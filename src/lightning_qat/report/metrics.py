@@ -1,4 +1,4 @@
-"""metrics.json: written whole or not at all, and what a search makes of it."""
+"""Write metrics.json completely or not at all, and read the objective of a search from it."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,13 @@ FILE_NAME = "metrics.json"
 
 
 def write_metrics(metrics: dict[str, Any], folder: Path) -> None:
-    """Write ``folder/metrics.json``, or leave what was there."""
+    """Write ``folder/metrics.json``. After an error, the old file is unchanged."""
     with atomic_path(folder / FILE_NAME) as partial:
         partial.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
 
 
 def objective(metrics: dict[str, Any]) -> float | None:
-    """The INT8 model's accuracy on the validation images; None where it has none of either.
+    """Return the INT8 model's accuracy on the validation images, or None if it does not exist.
 
     The test set must not choose anything, so its accuracy is never an objective.
     """
@@ -24,6 +24,6 @@ def objective(metrics: dict[str, Any]) -> float | None:
 
 
 def read_objective(folder: Path) -> float | None:
-    """`objective` of the run in ``folder``; None where it left no metrics.json."""
+    """Return the `objective` of the run in ``folder``, or None if there is no metrics.json."""
     file = folder / FILE_NAME
     return objective(json.loads(file.read_text())) if file.exists() else None

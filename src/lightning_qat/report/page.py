@@ -1,6 +1,6 @@
-"""report.html: what a run has found, on one page that needs nothing else.
+"""report.html: the results of a run, on one page that needs no other file.
 
-Here are the facts, in report.html.j2 the words.
+This module collects the facts, and report.html.j2 holds the text.
 """
 
 import base64
@@ -22,8 +22,8 @@ from lightning_qat.report.render import write_page
 
 FILE_NAME = "report.html"
 
-_COLOURS = {"fp32": "fp32", "fake_quant": "fake-quant"}  # the others are INT8
-_PAIRS = [  # a network and what it is to agree with
+_COLOURS = {"fp32": "fp32", "fake_quant": "fake-quant"}  # all other networks are INT8
+_PAIRS = [  # a network and the network that it should agree with
     ("int8", "fake_quant"),
     ("onnx", "fake_quant"),
     ("onnx", "int8"),
@@ -34,17 +34,17 @@ _MOST_CONFUSED = 10
 
 
 def write_report(metrics: dict[str, Any], evidence: Evidence, folder: Path) -> None:
-    """Write ``folder/report.html``, or leave what was there.
+    """Write ``folder/report.html``. After an error, the old file is unchanged.
 
-    Beside the arguments it shows the training curves in ``folder/csv`` and, for a QAT run, the
-    newest finished PTQ run of the same network under the same output folder.
+    The page also shows the training curves in ``folder/csv`` and, for a QAT run, the newest
+    finished PTQ run of the same network in the same output folder.
 
     Args:
         metrics: the content of the run's metrics.json.
-        evidence: what was seen on the test set.
-        folder: the run's.
+        evidence: the data of the test set.
+        folder: the folder of the run.
     """
-    # a folder of images may have names that are no UTF-8
+    # The names in a folder of images may be invalid UTF-8.
     names = [x.encode("utf-8", "backslashreplace").decode() for x in evidence.class_names]
     evidence = replace(evidence, class_names=names)
     ptq = find_ptq(metrics, folder) if metrics["stage"] == "qat" else None
@@ -70,7 +70,7 @@ def write_report(metrics: dict[str, Any], evidence: Evidence, folder: Path) -> N
 
 
 def _verdict(metrics: dict[str, Any], evidence: Evidence) -> dict[str, Any]:
-    """The figures of the first sentences."""
+    """Return the figures of the first sentences."""
     latency, size = metrics["latency_ms"], metrics["size_bytes"]
     best_fp32 = titles.fastest(latency, "fp32")
     best_int8 = titles.fastest(latency, "int8")
@@ -96,7 +96,7 @@ def _verdict(metrics: dict[str, Any], evidence: Evidence) -> dict[str, Any]:
 
 
 def _measured(metrics: dict[str, Any], key: str) -> str:
-    """Whose accuracy a runtime has: its own where it was measured."""
+    """Return the network whose accuracy a runtime has: its own if measured, else fp32 or int8."""
     network = titles.network(key)
     return network if network in metrics["accuracy"] else titles.precision(key)
 
@@ -130,7 +130,7 @@ def _accuracy(
 
 
 def _paired(evidence: Evidence, network: str) -> tuple[float, float] | None:
-    """Interval of the accuracy difference to FP32, of networks whose answers are known."""
+    """Return the interval of the accuracy difference to FP32, or None if no answers are known."""
     if network == "fp32" or network not in evidence.logits:
         return None
     return paired_difference(_right(evidence, network), _right(evidence, "fp32"))
@@ -171,7 +171,7 @@ def _latency(metrics: dict[str, Any]) -> dict[str, Any]:
 def _curves(folder: Path) -> list[dict[str, Any]]:
     logged = read_curves(folder)
     if len(logged.get("train/loss", ([], []))[0]) < 2 and "val/loss" not in logged:
-        return []  # calibration: one epoch that trains nothing
+        return []  # calibration: one epoch without training
     drawn = []
     for title, names in {
         "loss": ["train/loss", "val/loss"],
@@ -185,7 +185,7 @@ def _curves(folder: Path) -> list[dict[str, Any]]:
 
 
 def _learning_rates(logged: dict[str, Curve]) -> list[str]:
-    """One name a curve: weights, biases and batch-norm share theirs, learned scales do not."""
+    """Return one name per curve. Weights, biases and batch-norm share a curve; scales do not."""
     names: list[str] = []
     for name in logged:
         if name.startswith("lr-") and all(logged[name] != logged[other] for other in names):
@@ -240,7 +240,7 @@ def _confusion(evidence: Evidence) -> dict[str, Any]:
 
 
 def _samples(evidence: Evidence) -> dict[str, Any] | None:
-    """The images on which FP32 and INT8 disagree, and who is right how often."""
+    """Return the images on which FP32 and INT8 disagree, and count which network is right."""
     if "int8" not in evidence.logits:
         return None
     predictions = {name: evidence.logits[name].argmax(1) for name in ("fp32", "int8")}
@@ -258,12 +258,12 @@ def _samples(evidence: Evidence) -> dict[str, Any] | None:
         "fp32_right": int((differ & _right(evidence, "fp32")).sum()),
         "int8_right": int((differ & _right(evidence, "int8")).sum()),
         "shown": shown,
-        "small": evidence.samples.shape[-1] < 128,  # is scaled up
+        "small": evidence.samples.shape[-1] < 128,  # the page enlarges it
     }
 
 
 def _png(image: Tensor) -> str:
-    """The image, 3 x H x W in [0, 1], as a data URI."""
+    """Return the image, 3 x H x W in [0, 1], as a data URI."""
     file = io.BytesIO()
     pixels = image.mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous()
     Image.fromarray(pixels.numpy()).save(file, "PNG", optimize=True)

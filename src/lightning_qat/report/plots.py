@@ -20,18 +20,18 @@ _MARKERS = {
     "openvino": "v",
     "cuda": "P",
 }
-_LINES = ("ptq", "int8", "fake-quant")  # colours of curves, of which no plot has more than three
-MOST_LAYERS = 30  # in the plot: the worst
+_LINES = ("ptq", "int8", "fake-quant")  # colors of curves; no plot has more than three
+MOST_LAYERS = 30  # in the plot: the worst layers
 MOST_CLASSES = 30  # in the matrix
 
 
 def accuracy(
     names: Sequence[str], colours: Sequence[str], shares: Sequence[tuple[float, float, float]]
 ) -> Markup:
-    """A dot and an interval each, best read downwards.
+    """Draw a dot and an interval for each network.
 
     Args:
-        names: of the networks.
+        names: names of the networks.
         colours: CSS variables of the page, without the dashes.
         shares: accuracy, lower and upper end of its interval, 0..1.
     """
@@ -49,7 +49,7 @@ def accuracy(
 def accuracy_latency(
     latency_ms: dict[str, Any], shares: dict[str, tuple[float, float, float]]
 ) -> Markup:
-    """One point a runtime.
+    """Draw one point per runtime.
 
     Args:
         latency_ms: as in metrics.json.
@@ -74,7 +74,7 @@ def accuracy_latency(
 
 
 def curves(title: str, lines: dict[str, Curve]) -> Markup:
-    """Lines over the optimizer's steps, by the name they were logged under."""
+    """Draw lines over the steps of the optimizer, by their logged names."""
     with style():
         figure, axes = panel(2.1)
         for (name, (steps, values)), colour in zip(lines.items(), _LINES, strict=False):
@@ -87,7 +87,7 @@ def curves(title: str, lines: dict[str, Curve]) -> Markup:
 
 
 def latency(latency_ms: dict[str, Any]) -> Markup:
-    """A bar for the median and a tick at the 95th percentile of each runtime."""
+    """Draw a bar for the median and a tick for the 95th percentile of each runtime."""
     with style():
         figure, axes = named_rows([titles.title(key) for key in latency_ms])
         for row, (key, x) in enumerate(latency_ms.items()):
@@ -100,10 +100,10 @@ def latency(latency_ms: dict[str, Any]) -> Markup:
 
 
 def sizes(files: Sequence[tuple[str, str, int]]) -> Markup:
-    """A bar a file.
+    """Draw one bar per file.
 
     Args:
-        files: name, colour (a CSS variable of the page) and bytes of each.
+        files: name, color (a CSS variable of the page) and bytes of each file.
     """
     with style():
         figure, axes = named_rows([name for name, _, _ in files])
@@ -116,7 +116,7 @@ def sizes(files: Sequence[tuple[str, str, int]]) -> Markup:
 
 
 def layers(worst: Sequence[dict[str, Any]]) -> Markup:
-    """Two SQNRs a layer: everything up to it quantized, and only it."""
+    """Draw two SQNRs per layer: with the whole network quantized, and with only this layer."""
     worst = worst[:MOST_LAYERS]
     with style():
         names = [layer["name"] for layer in worst]
@@ -138,11 +138,11 @@ def layers(worst: Sequence[dict[str, Any]]) -> Markup:
 
 
 def confusion(matrix: Tensor, class_names: Sequence[str]) -> Markup:
-    """The confusion matrix: shade for the share of the row, number for the images.
+    """Draw the confusion matrix: the shade shows the share of the row, the number the images.
 
     Args:
         matrix: int64 classes x classes, images by label (row) and prediction (column).
-        class_names: no more than ``MOST_CLASSES``.
+        class_names: at most ``MOST_CLASSES`` names.
     """
     classes = len(class_names)
     names = [name if len(name) < 15 else f"{name[:13]}{CUT}" for name in class_names]

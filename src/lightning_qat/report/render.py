@@ -1,4 +1,4 @@
-"""Pages from templates: how numbers are written in all of them, and that they are whole."""
+"""Write pages from templates completely or not at all, and format their numbers."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ _ENVIRONMENT = {"cpu": "CPU", "gpu": "GPU", "vnni": "VNNI", "isa": "kernels", "p
 
 
 def write_page(path: Path, template: str, **facts: Any) -> None:
-    """Write what ``template``, of this package, makes of the facts, or leave what was there."""
+    """Fill ``template`` with the facts. After an error, the old page is unchanged."""
     environment = Environment(
         loader=PackageLoader("lightning_qat", "report"),
         autoescape=True,
@@ -29,12 +29,12 @@ def write_page(path: Path, template: str, **facts: Any) -> None:
 
 
 def percent(share: float, digits: int = 2) -> str:
-    """With the space that the sign of per cent takes."""
+    """Return a share as a percentage, with a space before the percent sign."""
     return f"{share:.{digits}%}".replace("%", "\N{NO-BREAK SPACE}%")
 
 
 def points(share: float) -> str:
-    """Percentage points with their sign."""
+    """Return percentage points with their sign."""
     points = round(100 * share, 2)
     return f"{points:+.2f}".replace("-", "\N{MINUS SIGN}") if points else "0.00"
 
@@ -44,5 +44,5 @@ def _decibels(ratio: float | None) -> str:
 
 
 def _short(number: float) -> str:
-    """Three digits."""
+    """Return a number with three digits."""
     return f"{number:.3g}".replace("-", "\N{MINUS SIGN}")

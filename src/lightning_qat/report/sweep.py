@@ -1,4 +1,4 @@
-"""What a multirun ends with: sweep.csv, a table, sweep.html, and its exit status."""
+"""End a multirun with sweep.csv, a table, sweep.html, and an exit status."""
 
 import csv
 import logging
@@ -17,12 +17,12 @@ from lightning_qat.atomic import atomic_path
 from lightning_qat.errors import UserError, checked_float
 from lightning_qat.overrides import as_typed
 
-if TYPE_CHECKING:  # --help shall not wait for torch
+if TYPE_CHECKING:  # --help must not wait for the import of torch
     from lightning_qat.report.sweep_runs import Run
 
 log = logging.getLogger(__name__)
 
-# Title in the printed table -> columns of sweep.csv, two of them as "FP32→INT8".
+# Title in the printed table -> columns of sweep.csv. Two columns are printed as "FP32→INT8".
 COLUMNS = {
     "job": ["job"],
     "stage": ["stage"],
@@ -39,14 +39,14 @@ BUDGET = ("megabytes", "milliseconds")
 
 
 class SweepReport(Callback):
-    """Reads what the jobs have left, whichever launcher ran them."""
+    """Read the results of the jobs of any launcher, and report them."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Refuse a budget that is none before hours are spent."""
+        """Refuse an invalid budget. Hydra calls this before the first job, so no hours are lost."""
         _check_budget(config)
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """A mistake in what a single run would pass over is one all the same."""
+        """Refuse an invalid budget, although a single run does not use it."""
         _check_budget(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -67,7 +67,7 @@ class SweepReport(Callback):
                     "and leave hydra.output_subdir as it is.",
                     folder,
                 )
-        except Exception as error:  # Hydra would turn it into a warning, and the status into 0
+        except Exception as error:  # Hydra would turn it into a warning, with status 0
             if message := cli.users_mistake(error):
                 log.error("the report of the sweep could not be made: %s", message)
                 status = cli.USERS_MISTAKE
@@ -93,7 +93,7 @@ def _check_budget(config: DictConfig) -> None:
 
 
 def _report(runs: "list[Run]", folder: Path, config: DictConfig) -> int:
-    """Gives the exit status of this alone."""
+    """Print and write the report; return the exit status of the report alone."""
     status = cli.DONE
     rows = [run.row() for run in runs]
     _write_csv(rows, folder / "sweep.csv")
@@ -111,8 +111,8 @@ def _report(runs: "list[Run]", folder: Path, config: DictConfig) -> int:
     except UserError as error:
         log.error("the latencies were not measured: %s", error)
         status = cli.USERS_MISTAKE
-    except Exception:  # hours of training have found more than this
-        log.exception("the latencies could not be measured: the report goes without")
+    except Exception:  # the results of hours of training are worth a report without latencies
+        log.exception("the latencies could not be measured: the report does not show them")
         status = cli.OUR_FAULT
     answer = Budget(**config.budget).answer(found)
     write_sweep_page(folder, runs, found, _command(config), answer)
@@ -124,9 +124,9 @@ def _report(runs: "list[Run]", folder: Path, config: DictConfig) -> int:
 
 
 def _command(config: DictConfig) -> str:
-    """What started the multirun."""
+    """Return the command that started the multirun."""
     task, of_hydra = (as_typed(config.hydra.overrides[x]) for x in ("task", "hydra"))
-    of_hydra = [x for x in of_hydra if not x.startswith("hydra.mode=")]  # it is -m
+    of_hydra = [x for x in of_hydra if not x.startswith("hydra.mode=")]  # -m stands for it
     return shlex.join(["python", "train.py", "-m", *task, *of_hydra])
 
 
@@ -172,7 +172,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 
 def _own_arguments(rows: list[dict[str, Any]]) -> list[str]:
-    """By what jobs differ that no column of the table shows."""
+    """Return the arguments in which the jobs differ and that no column of the table shows."""
     words = [row["overrides"].split() for row in rows]
     common = set.intersection(*map(set, words))
     shown = ("stage=", "qconfig=", "seed=")

@@ -1,4 +1,4 @@
-"""Which configuration is the best: the Pareto front, and the best within a budget."""
+"""Choose the best configurations: the Pareto front, and the best within a budget."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 from lightning_qat.report.sweep_configurations import Configuration
 
-# Latencies closer than this are the same to two runs of one network on one machine.
+# Two runs of one network on one machine can differ by this factor.
 LEVEL = 1.05
 
 Score = Callable[[Configuration], float]
 
 
 def megabytes(configuration: Configuration) -> float:
-    """The size that counts."""
+    """Return the size that the choice uses."""
     return configuration.megabytes
 
 
 def milliseconds(configuration: Configuration) -> float:
-    """Median of the fastest runtime; infinite where nothing was timed."""
+    """Return the median of the fastest runtime, or infinity if nothing was timed."""
     return configuration.latency.p50 if configuration.latency else math.inf
 
 
@@ -26,19 +26,19 @@ _TOLERANCES = {megabytes: 1.0, milliseconds: LEVEL}
 
 
 def candidates(configurations: Sequence[Configuration]) -> tuple[list[Configuration], str]:
-    """Those to choose among, and where there are none, why."""
+    """Return the configurations to choose from. If there are none, also return the reason."""
     found = [x for x in configurations if x.network == "int8" and x.layer is None]
     if not found:
         return [], "no configuration has a whole network in INT8"
     if len({x.runs[0].metrics["data"] for x in found}) > 1:
-        return [], "the runs are of several data sets, whose accuracies cannot be compared"
+        return [], "the runs are of several data sets, and their accuracies cannot be compared"
     return found, ""
 
 
 def score(configurations: Sequence[Configuration]) -> tuple[Score, bool]:
-    """What to choose by, higher is better, and whether it is of validation images.
+    """Return the score to choose by (higher is better), and True if it uses validation images.
 
-    It is, unless one of the configurations has none.
+    It uses them unless one of the configurations has no validation accuracy.
     """
     if all(x.validation is not None for x in configurations):
         return (lambda x: x.validation or 0.0), True
@@ -48,10 +48,13 @@ def score(configurations: Sequence[Configuration]) -> tuple[Score, bool]:
 def front(
     configurations: Sequence[Configuration], score: Score, costs: Sequence[Callable[..., float]]
 ) -> list[Configuration]:
-    """Those that no other one beats: as accurate at no more cost, and better in something.
+    """Return the configurations that no other one beats.
+
+    Another configuration beats one if it is not worse in accuracy and in each cost, and better in
+    at least one of them.
 
     Args:
-        costs: of ``megabytes`` and ``milliseconds``, those that count.
+        costs: the costs that count: ``megabytes``, ``milliseconds`` or both.
     """
 
     def beats(one: Configuration, other: Configuration) -> bool:
@@ -70,21 +73,21 @@ def front(
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that a model may cost.
+    """Limits for the cost of a model.
 
     Attributes:
-        megabytes: of its weights, packed where that is known; None = any.
-        milliseconds: for one image on one thread; None = any.
+        megabytes: size of the weights, packed if that size is known; None = no limit.
+        milliseconds: time for one image on one thread; None = no limit.
     """
 
     megabytes: float | None
     milliseconds: float | None
 
     def answer(self, configurations: Sequence[Configuration]) -> str | None:
-        """A sentence that names the best within it; None where no budget was given.
+        """Return a sentence that names the best configuration in the budget; None without a budget.
 
         Args:
-            configurations: all of the sweep.
+            configurations: all configurations of the sweep.
         """
         limits = [
             (name, unit, cost, most)

@@ -1,4 +1,4 @@
-"""Runs that differ in their seed only are one configuration: its figures and their intervals."""
+"""Group runs that differ only in their seed into one configuration with figures and intervals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from lightning_qat.overrides import HOW_IT_IS_RUN
 from lightning_qat.report.intervals import student, unpaired_noise, wilson
 from lightning_qat.report.sweep_runs import Run
 
-LEAST_SEEDS = 3  # from which on the seeds themselves tell how much they differ
+LEAST_SEEDS = 3  # from this number on, the interval comes from the seeds
 
-# Arguments that make no other configuration.
+# Arguments that do not make another configuration.
 _NOT_OF_IT = ("seed", *HOW_IT_IS_RUN)
 
 
@@ -21,9 +21,9 @@ class Estimate:
     """A figure and its 95 % interval.
 
     Attributes:
-        value: 0..1, or a difference of such.
-        ends: of the interval; None = not known.
-        how: by which the interval was found, or why there is none.
+        value: 0..1, or a difference of two such values.
+        ends: the two ends of the interval; None = not known.
+        how: method of the interval, or the reason why there is none.
     """
 
     value: float
@@ -33,12 +33,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Latency:
-    """Of the fastest runtime of a configuration, one image on one thread.
+    """Latency of the fastest runtime of a configuration, for one image on one thread.
 
     Attributes:
         runtime: ``torchscript``, ``onnx``.
         p50: milliseconds.
-        to_eager: the median, divided by that of the FP32 network in eager in the same rounds.
+        to_eager: the median, divided by the median of the eager FP32 network in the same rounds.
     """
 
     runtime: str
@@ -48,11 +48,11 @@ class Latency:
 
 @dataclass(eq=False)
 class Configuration:
-    """Finished runs of the same arguments, one a seed.
+    """Finished runs with the same arguments, one per seed.
 
     Attributes:
-        label: the arguments by which it differs from the others of the sweep.
-        layer: the only one that was quantized; None = not such a run.
+        label: the arguments in which it differs from the other configurations of the sweep.
+        layer: the only quantized layer; None = more than one layer may be quantized.
         latency: None = not measured.
     """
 
@@ -63,17 +63,17 @@ class Configuration:
 
     @property
     def network(self) -> str:
-        """Which network of its runs counts: ``int8`` or, where nothing is quantized, ``fp32``."""
+        """Return the network that counts: ``int8``, or ``fp32`` if nothing is quantized."""
         return "int8" if "int8" in self.runs[0].metrics["accuracy"] else "fp32"
 
     @property
     def seeds(self) -> list[int]:
-        """In order."""
+        """Return the seeds, in the order of the runs."""
         return [run.metrics["seed"] for run in self.runs]
 
     @property
     def accuracy(self) -> Estimate:
-        """On the test set: Student's t over the seeds, else Wilson over the images."""
+        """Return the test accuracy: Student's t over the seeds, else Wilson over the images."""
         shares = self._all("accuracy", self.network)
         if len(shares) >= LEAST_SEEDS:
             low, high = student(shares)
@@ -84,12 +84,12 @@ class Configuration:
 
     @property
     def fp32_accuracy(self) -> float:
-        """Mean over the seeds, on the test set."""
+        """Return the FP32 accuracy on the test set, as the mean over the seeds."""
         return fmean(self._all("accuracy", "fp32"))
 
     @property
     def gap(self) -> Estimate | None:
-        """INT8 - FP32 on the test set, seed by seed; None where nothing is quantized."""
+        """Return INT8 - FP32 on the test set, seed by seed; None if nothing is quantized."""
         if self.network == "fp32":
             return None
         gap = self._difference(self._all("accuracy", "int8"), self._all("accuracy", "fp32"))
@@ -100,7 +100,7 @@ class Configuration:
 
     @property
     def validation(self) -> float | None:
-        """Accuracy on the validation images, mean over the seeds; None where there were none."""
+        """Return the accuracy on the validation images, mean over the seeds; None if unknown."""
         if any("validation" not in run.metrics for run in self.runs):
             return None
         shares = [run.metrics["validation"]["accuracy"].get(self.network) for run in self.runs]
@@ -108,13 +108,13 @@ class Configuration:
 
     @property
     def divergence(self) -> float | None:
-        """Mean KL(FP32 || INT8) on the validation images, nats."""
+        """Return the mean KL(FP32 || INT8) on the validation images, in nats."""
         values = [run.metrics.get("validation", {}).get("divergence") for run in self.runs]
         return None if None in values else fmean(values)
 
     @property
     def validation_gap(self) -> Estimate | None:
-        """INT8 - FP32 on the validation images."""
+        """Return INT8 - FP32 on the validation images."""
         if self.validation is None or self.network == "fp32":
             return None
         fp32 = self._all("validation", "accuracy", "fp32")
@@ -128,22 +128,22 @@ class Configuration:
 
     @property
     def file_bytes(self) -> int:
-        """Of the TorchScript file."""
+        """Return the bytes of the TorchScript file."""
         return self.runs[0].metrics["size_bytes"][self.network]
 
     @property
     def packed_bytes(self) -> int | None:
-        """With each weight packed at its bits, where that is known."""
+        """Return the bytes with each weight packed at its bits, or None if not known."""
         return self.runs[0].metrics["size_bytes"].get(f"{self.network}_packed")
 
     @property
     def megabytes(self) -> float:
-        """Packed, else of the file; a megabyte is 1,000,000 bytes."""
+        """Return the packed size, else the size of the file; a megabyte is 1,000,000 bytes."""
         return (self.packed_bytes or self.file_bytes) / 1e6
 
     @property
     def folder(self) -> Path:
-        """Of its first run."""
+        """Return the folder of its first run."""
         return self.runs[0].folder
 
     def _all(self, *keys: str) -> list[float]:
@@ -157,7 +157,7 @@ class Configuration:
 
     @staticmethod
     def _difference(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
-        """Mean of the seeds' differences, with their t interval where there are enough."""
+        """Return the mean of the differences, with a t interval if there are enough seeds."""
         each = [x - y for x, y in zip(ours, theirs, strict=True)]
         if len(each) >= LEAST_SEEDS:
             return Estimate(fmean(each), student(each), f"t over {len(each)} seeds")
@@ -165,12 +165,12 @@ class Configuration:
 
 
 def configurations(runs: Sequence[Run]) -> list[Configuration]:
-    """The finished runs by configuration, in the order of the jobs."""
+    """Return the finished runs by configuration, in the order of the jobs."""
     groups: dict[tuple[str, ...], dict[int, Run]] = {}
     for run in runs:
         if not run.status:
             key = tuple(x for x in run.overrides if _name(x) not in _NOT_OF_IT)
-            # a sampler may try the same twice: one run a seed, the last
+            # A sampler may try the same values twice. Keep the last run of each seed.
             groups.setdefault(key, {})[run.metrics["seed"]] = run
     shared = set.intersection(*map(set, groups)) if groups else set()
     found = []

@@ -1,4 +1,4 @@
-"""Latency of all configurations of a sweep, measured after its jobs so that nothing disturbs it."""
+"""Measure the latency of all configurations of a sweep after its jobs, when nothing else runs."""
 
 import logging
 from collections.abc import Callable, Collection, Sequence
@@ -19,29 +19,30 @@ from lightning_qat.targets import checked
 log = logging.getLogger(__name__)
 
 FILES = {"torchscript": "model_int8.ts", "onnx": "model_int8.onnx"}
-TOGETHER = 8  # configurations that are in memory, and interleaved, at a time
+TOGETHER = 8  # configurations that are in memory and interleaved at the same time
 SECONDS_EACH = 5.0
-MOST_SECONDS = 120.0  # of them all; measure_latency takes its least rounds in any case
+# for all configurations; measure_latency always takes its minimum number of rounds
+MOST_SECONDS = 120.0
 
 
 def measure(configurations: Sequence[Configuration], known_targets: Collection[str]) -> None:
-    """Set ``latency`` of each, from the files of its first run.
+    """Measure ``latency`` of each configuration with the files of its first run.
 
-    In groups of ``TOGETHER``, each interleaved with the FP32 network of the first configuration in
-    eager, with random weights: latency does not depend on them. A file that cannot be loaded is
-    left out, with a warning.
+    Measure in groups of ``TOGETHER``. In each group, the eager FP32 network of the first
+    configuration is interleaved. It has random weights, because latency does not depend on them.
+    Skip a file that cannot be loaded, and log a warning.
 
     Args:
-        known_targets: what a job's configuration may name as its network.
+        known_targets: the networks that the configuration of a job may name.
 
     Raises:
-        UserError: it names something else.
+        UserError: the configuration names another target.
     """
     if not configurations:
         return
     seconds = min(SECONDS_EACH, MOST_SECONDS / len(configurations))
     eager: Callable[[Tensor], Tensor] | None = None
-    # refreshed between measurements only: a thread that draws would disturb them
+    # Update the bar only between measurements: a thread that draws would disturb them.
     columns = (TextColumn("timing the models of the sweep"), MofNCompleteColumn())
     with Progress(*columns, auto_refresh=False) as progress:
         task = progress.add_task("", total=len(configurations))
@@ -60,7 +61,7 @@ def measure(configurations: Sequence[Configuration], known_targets: Collection[s
                     eager = _fp32(group[first], file, known_targets)
                 times = measure_latency(
                     {"fp32_eager": eager} | runtimes,
-                    torch.empty(0),  # each has its own
+                    torch.empty(0),  # each runtime has its own image
                     seconds=seconds * len(group),
                 )
                 for number, configuration in enumerate(group):
@@ -72,7 +73,7 @@ def _load(configuration: Configuration) -> dict[str, Runtime]:
     loaded: dict[str, Runtime] = {}
     files = {runtime: configuration.folder / name for runtime, name in FILES.items()}
     for runtime, path in files.items():
-        if not path.is_file():  # a run need not export to every format
+        if not path.is_file():  # a run may leave out some formats
             continue
         try:
             loaded[runtime] = load(path, threads=1)
@@ -84,7 +85,7 @@ def _load(configuration: Configuration) -> dict[str, Runtime]:
 def _fp32(
     configuration: Configuration, file: Runtime, known_targets: Collection[str]
 ) -> Callable[[Tensor], Tensor]:
-    """The network that ``file`` was quantized from, but for its weights."""
+    """Return the network that ``file`` was quantized from, with random weights."""
     path = configuration.folder / ".hydra" / "config.yaml"
     described = file.description
     config = checked(OmegaConf.load(path).model.net, known_targets, path)
@@ -93,7 +94,7 @@ def _fp32(
 
 
 def _on_its_image(model: Callable[[Tensor], Tensor], size: int) -> Callable[[Tensor], Tensor]:
-    """The configurations of a sweep may differ in the size of their images, too."""
+    """Call the model on its own image, because the image size may differ within a sweep."""
     image = torch.rand(1, 3, size, size)
     return lambda _: model(image)
 

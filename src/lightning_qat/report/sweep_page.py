@@ -1,6 +1,6 @@
-"""sweep.html: what the jobs of a multirun say together, on one page that needs nothing else.
+"""sweep.html: the results of all jobs of a multirun, on one page that needs no other file.
 
-Here are the facts, in sweep.html.j2 the words.
+This module collects the facts, and sweep.html.j2 holds the text.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ def write_sweep_page(
     command: str,
     budget: str | None,
 ) -> None:
-    """Write ``folder/sweep.html``, or leave what was there.
+    """Write ``folder/sweep.html``. After an error, the old file is unchanged.
 
     Args:
-        folder: of the multirun.
-        runs: all of them.
-        configurations: of the finished ones.
-        command: that started the multirun.
-        budget: what ``Budget.answer`` says.
+        folder: folder of the multirun.
+        runs: all runs of the multirun.
+        configurations: the configurations of the finished runs.
+        command: the command that started the multirun.
+        budget: the sentence of ``Budget.answer``.
     """
     found, why_none = candidates(configurations)
     layers = [x for x in configurations if x.layer is not None and x.network == "int8"]
@@ -67,7 +67,7 @@ def write_sweep_page(
         * (len(runs) > 1),
         command=command,
         budget=budget,
-        # a relative path, which a browser must not take apart
+        # A relative path. Quote it, so that the browser does not split it.
         link=lambda run: quote(f"{run.folder.name}/{run_page.FILE_NAME}"),
         has_page=lambda run: (run.folder / run_page.FILE_NAME).is_file(),
         runtime_of=lambda latency: titles.runtime(f"int8_{latency.runtime}"),
@@ -116,7 +116,7 @@ def _front(found: Sequence[Configuration], by: Callable[[Configuration], float])
 
 
 def _short(configuration: Configuration) -> str:
-    """Its label with less of what a reader can do without."""
+    """Return its label in a short form for plots."""
     words = []
     for override in configuration.label.split():
         key, _, value = override.partition("=")
@@ -128,7 +128,7 @@ def _short(configuration: Configuration) -> str:
 
 
 def _sensitivity(layers: Sequence[Configuration]) -> dict[str, Any]:
-    """What each layer costs, worst first, and the fewest that make up half of it all."""
+    """Return the cost of each layer, worst first, and the fewest layers with half of the cost."""
     by_divergence = all(x.divergence is not None for x in layers)
     on_validation = all(x.validation_gap is not None for x in layers)
 
@@ -169,7 +169,7 @@ def _layer_name(configuration: Configuration) -> str:
 
 
 def _together(environments: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The values of each key, each once."""
+    """Return the values of each key, without duplicates."""
     return {
         key: list(dict.fromkeys(x.get(key) for x in environments))
         for key in (environments[0] if environments else {})

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from lightning_qat.report.drawing import COLOURS, CUT, named_rows, note, panel, style, svg
 from lightning_qat.report.sweep_configurations import Estimate
 
-MOST_LAYERS = 30  # in a plot: the worst
+MOST_LAYERS = 30  # in a plot: the worst layers
 _LETTERS = 28  # of a label
-_HEIGHT = 3.1  # inches of a scatter plot, at least
+_HEIGHT = 3.1  # smallest height of a scatter plot, in inches
 _LINE = 0.17  # inches from one label to the next
 _FRAME = 0.55  # inches of a scatter plot below its axes
 
@@ -21,10 +21,10 @@ class Point:
     """A configuration in a plot.
 
     Attributes:
-        x: what it costs.
+        x: its cost.
         accuracy: 0..1, with its interval.
-        on_front: no other configuration beats it, size and latency taken together.
-        best_here: none in this plot beats it.
+        on_front: no other configuration beats it in size and latency together.
+        best_here: no other configuration in this plot beats it.
     """
 
     x: float
@@ -37,13 +37,13 @@ class Point:
 def accuracy_against(
     cost: str, points: Sequence[Point], fp32: tuple[float, float] | None
 ) -> Markup:
-    """Test accuracy against what it costs; the front is marked and labelled.
+    """Draw the test accuracy over the cost. Mark and label the configurations on the front.
 
-    The axes hold the front, and of the others those that are not far below.
+    The axes show the front, and the other configurations that are not far below it.
 
     Args:
-        cost: what x is, in print.
-        points: of the configurations.
+        cost: label of the x axis.
+        points: the configurations.
         fp32: cost and accuracy of the network in FP32, for comparison.
     """
     lowest = lowest_shown(points)
@@ -55,7 +55,7 @@ def accuracy_against(
         best = sorted((point for point in shown if point.best_here), key=lambda point: point.x)
         line = [100 * point.accuracy.value for point in best]
         axes.plot([x.x for x in best], line, ":", color=COLOURS["int8"], linewidth=0.8)
-        for point in sorted(shown, key=lambda point: point.on_front):  # the front on top
+        for point in sorted(shown, key=lambda point: point.on_front):  # draw the front on top
             colour = COLOURS["int8" if point.on_front else "fp32"]
             if point.accuracy.ends is not None:
                 ends = [100 * end for end in point.accuracy.ends]
@@ -77,13 +77,13 @@ def accuracy_against(
 
 
 def lowest_shown(points: Sequence[Point]) -> float:
-    """Accuracy below which a point would only squeeze the others together, 0..1."""
+    """Return the lowest accuracy to show, 0..1. Lower points would squeeze the others together."""
     front = [point.accuracy.value for point in points if point.on_front]
     return min(front) - max(0.02, max(front) - min(front))
 
 
 def layers(names: Sequence[str], costs: Sequence[float], unit: str) -> Markup:
-    """A bar a layer, for what it costs to quantize it alone."""
+    """Draw one bar per layer: the cost of quantizing only this layer."""
     with style():
         figure, axes = named_rows([_cut(name) for name in names])
         for row, cost in enumerate(costs):
@@ -95,7 +95,7 @@ def layers(names: Sequence[str], costs: Sequence[float], unit: str) -> Markup:
 
 
 def drops(names: Sequence[str], gaps: Sequence[Estimate], where: str) -> Markup:
-    """A dot and an interval a layer, for the accuracy lost by quantizing it alone."""
+    """Draw a dot and an interval per layer: the accuracy lost by quantizing only this layer."""
     with style():
         figure, axes = named_rows([_cut(name) for name in names])
         for row, gap in enumerate(gaps):
@@ -109,11 +109,11 @@ def drops(names: Sequence[str], gaps: Sequence[Estimate], where: str) -> Markup:
 
 
 def _label(axes: Axes, labels: Sequence[tuple[float, float, str]], height: float) -> None:
-    """Names in a column right of the axes, each joined to its point, none over another.
+    """Write names in a column right of the axes, without overlap, each joined to its point.
 
     Args:
-        labels: x, y and text of each.
-        height: of the axes, inches.
+        labels: x, y and text of each label.
+        height: height of the axes, in inches.
     """
     labels = sorted(labels, key=lambda label: (-label[1], -label[0]))
     low, high = axes.get_ylim()

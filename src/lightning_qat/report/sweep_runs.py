@@ -1,4 +1,4 @@
-"""What the jobs of a multirun have left in its folder."""
+"""Read the results of the jobs of a multirun from its folder."""
 
 import json
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ class Run:
     Attributes:
         job: its number in the multirun.
         overrides: its arguments.
-        metrics: the content of its metrics.json; empty where it failed.
+        metrics: the content of its metrics.json; empty if it failed.
         status: as in ``cli``.
-        message: why it failed.
+        message: the reason of a failure.
     """
 
     folder: Path
@@ -32,7 +32,7 @@ class Run:
     message: str | None = None
 
     def row(self) -> dict[str, Any]:
-        """Of sweep.csv: the metrics by dotted name, or the failure."""
+        """Return its row of sweep.csv: the metrics by dotted name, or the failure."""
         row = {"job": self.job, "overrides": " ".join(self.overrides)}
         if self.status:
             return row | {"status": self.status, "message": self.message}
@@ -40,7 +40,7 @@ class Run:
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """Every job below the folder of a multirun, whichever launcher ran it, by its number."""
+    """Return every job below the folder of a multirun, for any launcher, sorted by number."""
     jobs = (path.parent.parent for path in folder.glob("*/.hydra/hydra.yaml"))
     return sorted((_read(job) for job in jobs), key=lambda run: run.job)
 
@@ -57,7 +57,7 @@ def _read(folder: Path) -> Run:
     try:
         metrics = json.loads((folder / FILE_NAME).read_text())
     except FileNotFoundError:
-        message = f"the job left neither {FILE_NAME} nor a message: it was killed, or never began"
+        message = f"the job wrote neither {FILE_NAME} nor a message: it was killed, or never began"
         return Run(folder, number, overrides, {}, cli.OUR_FAULT, message)
     return Run(folder, number, overrides, metrics, metrics["status"])
 
