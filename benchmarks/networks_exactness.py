@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_qat.quantization.arithmetic import Quantize
 from lightning_qat.quantization.network import Quantization, quantization_of
-from lightning_qat.quantization.to_openvino import keep_every_rounding
+from lightning_qat.quantization.to_openvino import for_openvino
 
 LAYERS = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
 INTEGER_LAYERS = (
@@ -107,11 +107,11 @@ def compare_onnx(
     feeds = dict(zip([x.name for x in proto.graph.input], _arrays(example), strict=False))
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
-        options = _options(onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED)
+        options = _options(onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED, proto)
         options.optimized_model_filepath = str(optimized)
         _session(proto, options)
         graph_of_runtime = onnx.load(optimized)
-    session = _session(proto, _options(onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL))
+    session = _session(proto, _options(onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL, proto))
     found = [torch.from_numpy(x) for x in session.run(None, feeds)]
     row: dict[str, Any] = _count_layers(graph_of_runtime.graph)
     row |= _by_layer(proto, graph_of_runtime, feeds, integers_of(net, example)).row()
@@ -123,7 +123,7 @@ def _arrays(example: Example) -> list[np.ndarray]:
     return [x.numpy() for x in tree_leaves(example) if isinstance(x, Tensor)]
 
 
-def _options(level: Any) -> onnxruntime.SessionOptions:
+def _options(level: Any, proto: onnx.ModelProto) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
@@ -169,7 +169,7 @@ def _by_layer(
     graph = optimized.graph
     given = {x.name for x in graph.output}
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in given)
-    plain = _options(onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
+    plain = _options(onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL, proto)
     values = dict(zip(names, _session(optimized, plain).run(names, feeds), strict=True))
     own = {name: _nearest(values[name], integers.get(steps[name], [])) for name in names}
     fed = {name: x.astype(values[name].dtype) for name, x in own.items() if x is not None}
@@ -211,7 +211,7 @@ def _openvino(
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        onnx.save(keep_every_rounding(proto), file)  # the same form as train.py's OpenVINO file
+        onnx.save(for_openvino(proto), file)  # the same form as train.py's OpenVINO file
         try:
             core = openvino.Core()
             model = core.compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})

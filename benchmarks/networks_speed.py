@@ -27,7 +27,7 @@ from lightning_qat import to_onnx
 from lightning_qat.deployment.latency import measure_latency
 from lightning_qat.quantization.network import prepare
 from lightning_qat.quantization.qconfig import QCONFIGS
-from lightning_qat.quantization.to_openvino import keep_every_rounding
+from lightning_qat.quantization.to_openvino import for_openvino
 
 NETWORKS = (
     "resnet18", "mobilenetv3_small_100", "efficientnet_b0", "tf_efficientnet_lite0",
@@ -71,7 +71,7 @@ def ours(net: torch.nn.Module, images: Tensor, folder: Path) -> dict[str, Model]
     quantization.is_ready = True
     proto = to_onnx(net)
     onnx.save(proto, folder / "ours.onnx")
-    onnx.save(keep_every_rounding(proto), folder / "ours_openvino.onnx")
+    onnx.save(for_openvino(proto), folder / "ours_openvino.onnx")
     return {
         "ours, ONNX Runtime": in_onnx_runtime(folder / "ours.onnx"),
         "ours, OpenVINO": in_openvino(folder / "ours_openvino.onnx"),

@@ -139,7 +139,7 @@ def test_openvino_still_needs_the_work_around_for_residual_sums(
     model: DeployedModel, pixels: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proto = to_onnx(model, (pixels / 255)[:2])
-    module = "lightning_qat.deployment.openvino_export.keep_every_rounding"
+    module = "lightning_qat.deployment.openvino_export.for_openvino"
     monkeypatch.setattr(module, lambda proto: proto)
     save_openvino(proto, tmp_path / "as_it_comes.xml", describe())
     with torch.no_grad():

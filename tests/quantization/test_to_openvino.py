@@ -44,3 +44,14 @@ def test_openvino_leaves_no_rounding_out(net: type[nn.Module]) -> None:
     with torch.no_grad():
         different = (found - quantized(x)).abs() > 1e-3
     assert different.double().mean() < 0.01
+
+
+def test_a_linear_layer_on_tokens_is_not_reshaped() -> None:
+    """With reshapes, OpenVINO refuses Hugging Face's Swin and computes a wrong SegFormer."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 16, 8)
+    model = to_openvino(calibrated(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), x), x[:2])
+    products = [x for x in model.get_ops() if x.get_type_name() == "MatMul"]
+    reshaped = [x.input_value(0).get_node().get_type_name() for x in products]
+    assert len(products) == 2
+    assert "Reshape" not in reshaped

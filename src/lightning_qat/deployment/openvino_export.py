@@ -10,7 +10,7 @@ import onnx
 
 from lightning_qat.atomic import PARTIAL
 from lightning_qat.deployment.description import KEY, Description
-from lightning_qat.quantization.to_openvino import keep_every_rounding, openvino_core
+from lightning_qat.quantization.to_openvino import for_openvino, openvino_core
 
 
 def is_installed() -> bool:
@@ -29,7 +29,7 @@ def save_openvino(proto: onnx.ModelProto, path: Path, description: Description) 
     weights = path.with_suffix(".bin")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".", suffix=PARTIAL) as folder:
         partial = Path(folder) / path.name
-        model = openvino_core().read_model(keep_every_rounding(proto).SerializeToString())
+        model = openvino_core().read_model(for_openvino(proto).SerializeToString())
         model.set_rt_info(description.to_json(), [KEY])
         try:
             openvino.save_model(model, partial, compress_to_fp16=False)

@@ -37,7 +37,7 @@ def to_openvino(
         UserError: see ``to_onnx``; or OpenVINO is not installed.
     """
     core = openvino_core()
-    proto = keep_every_rounding(to_onnx(model, *args, dynamic=dynamic, **kwargs))
+    proto = for_openvino(to_onnx(model, *args, dynamic=dynamic, **kwargs))
     return core.read_model(proto.SerializeToString())
 
 
@@ -61,19 +61,73 @@ def openvino_core() -> Any:
     return openvino.Core()
 
 
-def keep_every_rounding(proto: "onnx.ModelProto") -> "onnx.ModelProto":
-    """Return a copy of ``proto`` in which OpenVINO skips no rounding.
+def for_openvino(proto: "onnx.ModelProto") -> "onnx.ModelProto":
+    """Return a copy of an ONNX model that OpenVINO computes without a wrong or missing rounding."""
+    proto = copy.deepcopy(proto)
+    _multiply_without_reshaping(proto.graph)
+    _keep_every_rounding(proto)
+    return proto
 
-    OpenVINO's CPU plugin fuses convolution, quantize, sum and quantize into one kernel. It skips
-    the first rounding if that comes directly after the convolution ("drop rounding one special
-    residual pattern", dnnl_postops_composer.cpp). Then 16 % of the sums are one step off. So a
-    leaky ReLU of slope 1, which changes no value, is inserted between the two. It is also inserted
-    before a float clip and before a mean over one axis, because these would remove the rounding
-    before them.
+
+def _multiply_without_reshaping(graph: "onnx.GraphProto") -> None:
+    """Replace Reshape, Gemm, Reshape by MatMul and Add, which take any number of axes.
+
+    OpenVINO's quantization moves scales through the reshapes, which then have a wrong shape (seen
+    in 2026.4): it refuses Hugging Face's Swin, and computes other numbers for its SegFormer.
+    """
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    producers = {output: node for node in graph.node for output in node.output}
+    users: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    weights = {weight.name: weight for weight in graph.initializer}
+    nodes: dict[str, list[onnx.NodeProto]] = {}  # by the output of the node that they replace
+    for node in graph.node:
+        if node.op_type != "Gemm":
+            continue
+        before, weight, after = (
+            producers.get(node.input[0]),
+            producers.get(node.input[1]),
+            users.get(node.output[0], []),
+        )
+        is_between = before is not None and before.op_type == "Reshape" and len(after) == 1
+        if not is_between or after[0].op_type != "Reshape":
+            continue
+        if weight is None or weight.op_type != "DequantizeLinear" or weight.input[0] not in weights:
+            continue
+        name, output = f"{weight.input[0]}_transposed", after[0].output[0]
+        if name not in weights:
+            columns = np.ascontiguousarray(numpy_helper.to_array(weights[weight.input[0]]).T)
+            weights[name] = numpy_helper.from_array(columns, name)
+            graph.initializer.append(weights[name])
+        dequantize = helper.make_node(
+            "DequantizeLinear", [name, *weight.input[1:]], [f"{output}_weight"], axis=1
+        )
+        assert before is not None
+        product = output if len(node.input) < 3 else f"{output}_product"
+        steps = [helper.make_node("MatMul", [before.input[0], f"{output}_weight"], [product])]
+        if product != output:
+            steps.append(helper.make_node("Add", [product, node.input[2]], [output]))
+        nodes |= {node.output[0]: [dequantize, *steps], output: []}
+    new = [x for node in graph.node for x in nodes.get(node.output[0], [node])]
+    del graph.node[:]
+    graph.node.extend(new)
+
+
+def _keep_every_rounding(proto: "onnx.ModelProto") -> None:
+    """Add what keeps OpenVINO from leaving roundings out.
+
+    Where it fuses convolution, quantize, sum and quantize into one kernel, its CPU plugin leaves
+    the first rounding out, if that comes right behind the convolution ("drop rounding one special
+    residual pattern", dnnl_postops_composer.cpp): 16 % of the sums then come out one step off. A
+    leaky ReLU of slope 1, which changes nothing, stands between the two. So it does in front of a
+    clip in float, and of a mean over one axis, which would swallow the rounding before them.
     """
     import onnx
 
-    proto = copy.deepcopy(proto)
     producers = {output: node for node in proto.graph.node for output in node.output}
     summands = {
         name for node in proto.graph.node if node.op_type in ("Add", "Sub") for name in node.input
@@ -92,7 +146,6 @@ def keep_every_rounding(proto: "onnx.ModelProto") -> "onnx.ModelProto":
         nodes.append(node)
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
-    return proto
 
 
 def _swallows_a_rounding(
