@@ -5,6 +5,7 @@ from typing import Any
 import onnx
 import onnxruntime
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.ao.nn import quantized as nnq
 from torch.export import ExportedProgram
@@ -53,13 +54,21 @@ def run_onnx(program: ExportedProgram, *args: Any, **kwargs: Any) -> list[Tensor
     weights = {x.name for x in proto.graph.initializer if x.data_type == onnx.TensorProto.INT8}
     weights |= {node.output[0] for node in proto.graph.node if node.input[0] in weights}
     read = [name for node in proto.graph.node for name in node.input if name in weights]
-    if len(set(read)) == len(read):  # ONNX Runtime cannot rewrite a weight that two layers share
-        options.add_session_config_entry("session.x64quantprecision", "1")  # else AVX2 saturates
+    # Weights of all 8 bits saturate on AVX2. ONNX Runtime cannot rewrite a weight that two layers
+    # share.
+    if _largest_weight(proto) > 64 and len(set(read)) == len(read):
+        options.add_session_config_entry("session.x64quantprecision", "1")
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
     inputs = {f"x{i}": x.numpy() for i, x in enumerate(given)}
     inputs = {x.name: inputs[x.name] for x in session.get_inputs()}
     return [torch.from_numpy(y) for y in session.run(None, inputs)]
+
+
+def _largest_weight(proto: onnx.ModelProto) -> int:
+    weights = [x for x in proto.graph.initializer if x.data_type == onnx.TensorProto.INT8]
+    arrays = [numpy_helper.to_array(x).astype(int) for x in weights]
+    return max((abs(x).max(initial=0) for x in arrays), default=0)
 
 
 def integer_layers(int8_model: nn.Module) -> list[str]:

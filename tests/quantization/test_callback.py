@@ -53,12 +53,12 @@ def test_int8_is_what_was_trained_bit_for_bit_also_in_onnx_runtime(fitted: Any) 
         "block.conv1", "block.conv2", "fc", "stem.0"
     ]  # fmt: skip
     x, _ = images(count=256, seed=5)
-    assert int8_apart(callback, x) < 1e-6
-    x = x * 1.5  # outside the observed ranges, torch's kernels saturate without VNNI
-    with torch.no_grad():
-        expected = module.eval().net(x)
-    (found,) = in_onnx_runtime(module.net, x)
-    assert torch.equal(found, expected)
+    for images_ in (x, x * 1.5):  # the second leave the observed ranges
+        assert int8_apart(callback, images_) < 1e-6
+        with torch.no_grad():
+            expected = module.eval().net(images_)
+        (found,) = in_onnx_runtime(module.net, images_)
+        assert torch.equal(found, expected)
 
 
 def test_the_int8_model_holds_the_trained_integers(fitted: Any) -> None:
@@ -67,7 +67,7 @@ def test_the_int8_model_holds_the_trained_integers(fitted: Any) -> None:
     weight = callback.int8_model.get_submodule("fc").weight()
     scale = fake_quant.weight("fc.weight").qparams()[0]
     assert torch.equal(weight.q_per_channel_scales().float(), scale)
-    expected = (module.net.fc.weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+    expected = (module.net.fc.weight / scale[:, None]).round().clamp(-63, 63).to(torch.int8)
     assert torch.equal(weight.int_repr(), expected)
 
 

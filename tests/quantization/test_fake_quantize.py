@@ -37,7 +37,9 @@ def observed(fake_quant: Any, x: Tensor) -> Any:
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_weights_and_gradients_are_those_of_torchs_kernels(per_channel: bool) -> None:
     weight = torch.randn(6, 4, 3, 3)
-    fake_quant = observed(WeightFakeQuantize(QConfig(per_channel=per_channel), 0, 6), weight)
+    fake_quant = observed(
+        WeightFakeQuantize(QConfig(per_channel=per_channel, reduce_range=False), 0, 6), weight
+    )
     weight = (1.5 * weight).requires_grad_()  # some have grown out of the range
     scale = fake_quant.qparams()[0]
     if per_channel:
@@ -53,12 +55,11 @@ def test_weights_and_gradients_are_those_of_torchs_kernels(per_channel: bool) ->
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("highest", [127, 255])
-def test_scales_and_rounding_of_activations_are_those_of_torch(
-    highest: int, symmetric: bool
-) -> None:
+@pytest.mark.parametrize("bits", [7, 8])
+def test_scales_and_rounding_of_activations_are_those_of_torch(bits: int, symmetric: bool) -> None:
+    highest = 2**bits - 1
     fake_quant = ActivationFakeQuantize(
-        QConfig(reduce_range=highest == 127, symmetric=symmetric, averaging_constant=0.01)
+        QConfig(activation_bits=bits, symmetric=symmetric, averaging_constant=0.01)
     )
     scheme = torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine
     torchs = tq.MovingAverageMinMaxObserver(
@@ -73,8 +74,7 @@ def test_scales_and_rounding_of_activations_are_those_of_torch(
             assert fake_quant.qparams()[1].item() == zero_point.item()
     x = (3 * torch.randn(40, 7)).requires_grad_()
     scale, zero_point = fake_quant.qparams()
-    # The observed range becomes 0..highest, and the kernels clip at 255.
-    expected = torch.fake_quantize_per_tensor_affine(x, float(scale), int(zero_point), 0, 255)
+    expected = torch.fake_quantize_per_tensor_affine(x, float(scale), int(zero_point), 0, highest)
     torch.testing.assert_close(fake_quant(x), expected, rtol=0, atol=1e-6)
     upstream = torch.randn(40, 7)
     pair = [torch.autograd.grad(y, x, upstream)[0] for y in (fake_quant(x), expected)]

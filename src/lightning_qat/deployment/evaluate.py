@@ -145,8 +145,8 @@ def evaluate(
         warnings += shortfalls(accuracies, figures["agreement"], len(labels))
         if figures["activation_range"]["saturates"]:
             warnings.append(
-                "activations have 8 bits and this CPU has no VNNI: sums saturate in the kernels of "
-                "ONNX Runtime, OpenVINO and oneDNN. Use qconfig=x86 for this CPU."
+                "the scheme uses all 8 bits and this CPU has no VNNI: sums saturate in the kernels "
+                "of ONNX Runtime, OpenVINO and oneDNN. Use qconfig=x86 for this CPU."
             )
         unlike = (logits["fp32"].argmax(1) != logits["int8"].argmax(1)).nonzero().flatten()
         # Use training images, because the test set must not influence a choice.

@@ -15,6 +15,7 @@ from lightning_qat.quantization.network import Quantization
 from lightning_qat.quantization.plan import Plan
 
 KEY = "lightning_qat"  # key of the quantized networks in a checkpoint
+_FORMAT = 2  # of the state of a quantized network; 1 had 7-bit activations for reduce_range
 _HINT = "name a checkpoint that a fit with this callback has written."
 
 
@@ -61,6 +62,7 @@ def averaged_modules(trainer: pl.Trainer) -> list[Any]:
 def quantization_state(quantization: Quantization) -> dict[str, Any]:
     """Return plan, scheme, scales and example of a quantization as plain types and tensors."""
     return {
+        "format": _FORMAT,
         "plan": quantization.plan.to_dict(),
         "scheme": quantization.scheme,
         "scales": quantization.scales(),
@@ -74,6 +76,12 @@ def restore_quantization(quantization: Quantization, state: Any, path: str | Pat
     Raises:
         UserError: the plan or the scales are damaged or have another scheme.
     """
+    if isinstance(state, dict) and state.get("format", 1) != _FORMAT:
+        raise UserError(
+            f"{path} was written by another version of lightning_qat, whose schemes have other "
+            "integers. Its weights are float weights: start from them, without the callback's "
+            "scales, and train again."
+        )
     try:
         scheme, plan = state["scheme"], Plan.from_dict(state["plan"])
         scales, (args, kwargs) = dict(state["scales"]), state["example"]

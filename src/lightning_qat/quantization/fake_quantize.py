@@ -111,10 +111,6 @@ class FakeQuantize(nn.Module):
 class ActivationFakeQuantize(FakeQuantize):
     """Fake quantization of activations by an observed range.
 
-    With ``reduce_range`` the observed maximum becomes 127, so that the pair sums of AVX2's 8-bit
-    products do not saturate. Integer kernels still keep values up to 255. So the range sets the
-    scale, and the limits of the dtype set the clipping.
-
     Args:
         qconfig: the scheme, with the bits of this tensor.
     """

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_qat.quantization.network import Quantization, quantization_of
-from lightning_qat.quantization.qconfig import saturates
+from lightning_qat.quantization.qconfig import fits_16_bits, saturates
 
 _WORD = 4  # bytes of a scale (float32), a bias (int32), a float parameter (float32)
 
@@ -39,18 +39,19 @@ def activation_range(net: nn.Module) -> dict[str, Any]:
     """Return the range of the activations of ``net``, and the reason for it.
 
     Returns:
-        ``quant_min``, ``quant_max`` (127 or 255), ``why`` in words, and ``saturates``: True if sums
+        ``quant_min``, ``quant_max``, ``why`` in words, and ``saturates``: True if sums
             overflow on this CPU.
     """
-    schemes = list(_quantization(net).plan.activations.values())
-    low, high = max((q.activation_range for q in schemes), key=lambda x: x[1] - x[0])
+    plan = _quantization(net).plan
+    low, high = max((q.activation_range for q in plan.activations.values()), key=lambda x: x[1])
     limits = {"quant_min": low, "quant_max": high}
-    if high - low <= 127:
-        why = "sums of two products of such integers fit into 16 bits on every CPU. An image whose "
-        why += "activations leave the ranges seen in training can exceed them on one without VNNI"
+    schemes = [scheme for scheme, *_ in plan.weights.values()]
+    if all(map(fits_16_bits, schemes)):
+        largest = max(q.weight_limits[1] for q in schemes)
+        why = f"with weights up to {largest}, sums of two products fit into 16 bits on every CPU"
         return limits | {"why": why, "saturates": False}
-    why = "one bit more, for CPUs that sum in 32 bits: with VNNI, which this one has"
-    why += "" if torch.cpu._is_vnni_supported() else " not"
+    has = "has" if torch.cpu._is_vnni_supported() else "does not have"
+    why = f"with weights of at most 127, sums require a CPU with VNNI, which this one {has}"
     return limits | {"why": why, "saturates": any(map(saturates, schemes))}
 
 

@@ -1,8 +1,8 @@
 """The named quantization schemes: one row of a table for each scheme.
 
 ``conf/qconfig/README.md`` explains the fields. Weights are signed and symmetric, because every
-integer kernel requires that. ``reduce_range`` maps activations to 0..127 instead of 0..255: x86
-CPUs without VNNI add two products of 8-bit numbers in 16 bits, and with 0..255 the sum overflows.
+integer kernel requires that. ``reduce_range`` leaves out one bit of 8-bit weights: CPUs without
+VNNI add two products in 16 bits, where 2 x 255 x 127 overflows, but 2 x 255 x 63 does not.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class QConfig:
         per_channel: True = one weight scale for each output channel. False = one for the tensor.
         symmetric: True = the zero point of activations is the middle of the range. False = the
             observed range sets the zero point.
-        reduce_range: map activations of 8 bits to 0..127, so that sums fit on every CPU.
+        reduce_range: weights of 8 bits stay within -63..63, so that sums fit on every CPU.
         signed: True = activations are int8 with zero point 0. False = activations are uint8.
         observer: observer of the activations.
         averaging_constant: the weight of one batch in ``moving_average``.
@@ -88,24 +88,21 @@ class QConfig:
         if self.signed:
             highest = 2 ** (self.activation_bits - 1) - 1
             return -highest, highest
-        return 0, 2 ** min(self.activation_bits, 7 if self.reduce_range else 8) - 1
+        return 0, 2**self.activation_bits - 1
 
     @property
     def activation_limits(self) -> tuple[int, int]:
-        """The integers at which activations are clipped.
-
-        Integer kernels clip at the end of the dtype. So a reduced range also clips there, unless
-        the scheme has fewer than 8 bits.
-        """
-        if self.activation_bits < 8 or self.is_learned:
-            return self.activation_range
-        return (-128, 127) if self.signed else (0, 255)
+        """The integers at which activations are clipped: with 8 bits, the ends of the dtype."""
+        is_signed_8 = self.signed and self.activation_bits == 8 and not self.is_learned
+        return (-128, 127) if is_signed_8 else self.activation_range
 
     @property
     def weight_limits(self) -> tuple[int, int]:
         """The integers at which weights are clipped. With 8 bits, the limits are symmetric."""
+        if self.weight_bits == 8:
+            return (-63, 63) if self.reduce_range else (-127, 127)
         highest = 2 ** (self.weight_bits - 1) - 1
-        return (-highest, highest) if self.weight_bits == 8 else (-highest - 1, highest)
+        return -highest - 1, highest
 
 
 def _few_bits(weight: int, activation: int) -> dict[str, QConfig]:
@@ -119,7 +116,7 @@ QCONFIGS: dict[str, QConfig] = {
     "x86": QConfig(),
     # the same integers, but all layers use fbgemm
     "fbgemm": QConfig("fbgemm"),
-    # 8-bit activations: one more bit, but safe only on a CPU with VNNI
+    # weights with all 8 bits: safe only on a CPU with VNNI
     "onednn": QConfig("onednn", reduce_range=False),
     # torch's kernels for ARM: one scale for a weight tensor
     "qnnpack": QConfig("qnnpack", reduce_range=False, per_channel=False),
@@ -184,7 +181,7 @@ def resolve_qconfig(qconfig: Any, allow_saturation: bool) -> QConfig:
     if qconfig.engine != "qnnpack" and saturates(qconfig) and not allow_saturation:
         if not qconfig.signed:
             raise UserError(
-                f"this qconfig uses 8-bit activations on {qconfig.engine!r}, and this CPU has no "
+                f"this qconfig uses all 8 bits on {qconfig.engine!r}, and this CPU has no "
                 "VNNI: sums of two products would saturate in its kernels and cost accuracy. Use "
                 "qconfig=x86, or set allow_saturation=true to accept this."
             )
@@ -197,8 +194,14 @@ def resolve_qconfig(qconfig: Any, allow_saturation: bool) -> QConfig:
 
 def saturates(qconfig: QConfig) -> bool:
     """Return True if sums of two products can overflow 16 bits in the kernels of this CPU."""
-    low, high = qconfig.wide.activation_range
-    return high - low > 127 and not torch.cpu._is_vnni_supported()
+    schemes = [qconfig, qconfig.wide] if qconfig.wide_ends else [qconfig]
+    return not all(map(fits_16_bits, schemes)) and not torch.cpu._is_vnni_supported()
+
+
+def fits_16_bits(qconfig: QConfig) -> bool:
+    """Return True if the sum of two products fits, as kernels require without VNNI."""
+    low, high = qconfig.activation_range
+    return 2 * (high - low) * qconfig.weight_limits[1] < 2**15
 
 
 def resolve_overrides(

@@ -118,9 +118,8 @@ def from_torch_qconfig(qconfig: tq.QConfig) -> QConfig:
     return QConfig(
         engine=cast(Engine, torch.backends.quantized.engine),
         weight_bits=(weight.quant_max - weight.quant_min).bit_length(),
-        # torch's default maps 8 bits to 0..127.
-        activation_bits=8 if quant_range >= 127 else quant_range.bit_length(),
-        reduce_range=quant_range == 127,
+        activation_bits=quant_range.bit_length(),  # torch's default has 7: 0..127
+        reduce_range=False,
         per_channel=per_channel,
         symmetric=activation.qscheme == torch.per_tensor_symmetric,
         observer=_OBSERVERS[type(observer)],
