@@ -129,7 +129,7 @@ def test_a_best_checkpoint_that_is_gone_does_not_count(
     after = fit_scripted(tmp_path / "after", 4, tmp_path / "before" / "last.ckpt")
     assert after.best_model_score is not None
     assert after.best_model_score.item() == pytest.approx(0.7)
-    assert "best.ckpt is gone" in caplog.text
+    assert "best.ckpt is missing or was replaced" in caplog.text
 
 
 def test_what_is_continued_behind_its_last_epoch_has_its_checkpoint(tmp_path: Path) -> None:

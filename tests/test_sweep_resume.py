@@ -134,7 +134,7 @@ def test_a_search_that_takes_another_course_overwrites_nothing(tmp_path: Path) -
             "overrides": {"task": ["seed=1"]},
         }
     )
-    with pytest.raises(UserError, match=r"there seed=0, here seed=1.*another course"):
+    with pytest.raises(UserError, match=r"there seed=0, here seed=1.*suggests other values"):
         resume.refuse_shared_folder(OmegaConf.create({"resume": True}), hydra)
 
 

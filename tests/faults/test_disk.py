@@ -90,7 +90,7 @@ def test_no_room_for_the_weights_that_later_stages_start_from(
         ("5m", ["export_onnx=false"], "model_int8.ts"),
         ("30m", ["export_onnx=false"], "model_fp32.ts"),
         ("12000k", [], "model_int8.onnx"),
-        ("15300k", [], "model_int8.xml"),
+        ("13500k", [], "model_int8.xml"),
     ],
     ids=["torchscript", "what is measured", "onnx", "openvino"],
 )

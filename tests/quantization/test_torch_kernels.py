@@ -20,6 +20,7 @@ from lightning_qat.quantization.torch_model import Int8Model, quantized_engine, 
 
 Q: Any = torch.ops.lightning_qat
 ENGINES = ["x86", "fbgemm", "onednn", "qnnpack"]
+QUANTIZE = torch._make_per_tensor_quantized_tensor
 STEP = (0.05, 60)  # step of inputs in -3..3: integers in 0..127, which saturate on no CPU
 
 
@@ -210,7 +211,9 @@ def test_between_two_layers_values_stay_integers(in_place: bool, engine: str) ->
     model = check(Net(Residual(in_place)), image(2, 4, 9, 9), engine)
     targets = [node.target for node in model.graph.nodes]
     assert torch.ops.quantized.add_relu in targets
-    assert targets.count(torch.quantize_per_tensor) == targets.count("dequantize") == 1
+    assert (
+        targets.count(torch._make_per_tensor_quantized_tensor) == targets.count("dequantize") == 1
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -240,7 +243,9 @@ def test_clamps_follow_the_kernel(clamp: nn.Module, engine: str) -> None:
     layers = nn.Sequential(inner, clamp)
     model = check(Net(layers), image(2, 4, 9, 9), engine)
     targets = [node.target for node in model.graph.nodes]
-    assert targets.count(torch.quantize_per_tensor) == targets.count("dequantize") == 1
+    assert (
+        targets.count(torch._make_per_tensor_quantized_tensor) == targets.count("dequantize") == 1
+    )
 
 
 class Shapes(nn.Module):
@@ -300,7 +305,8 @@ def test_a_model_sets_its_engine_and_stays_on_the_cpu() -> None:
 
 def test_a_qconfig_of_torch_is_translated_or_refused() -> None:
     found = from_torch_qconfig(tq.get_default_qat_qconfig("x86"))
-    assert found == QConfig("x86", wide_ends=False)
+    expected = QConfig("x86", activation_bits=7, reduce_range=False, wide_ends=False)
+    assert found == expected
     weight = tq.default_weight_fake_quant
     refused = {
         "does not fake-quantize": tq.get_default_qconfig("x86"),

@@ -41,7 +41,6 @@ def to_openvino(
     return core.read_model(proto.SerializeToString())
 
 
-@functools.cache
 def openvino_core() -> Any:
     """Return OpenVINO's core of this process. It exists as long as the process.
 
@@ -56,9 +55,14 @@ def openvino_core() -> Any:
         import openvino
     except ImportError as error:
         raise UserError(
-            "the package 'openvino' is not installed. Run: pip install 'lightning-qat[openvino]'"
+            "the package 'openvino' is not installed. Run: pip install 'lightning_qat[openvino]'"
         ) from error
-    return openvino.Core()
+    return _only_instance(openvino.Core)
+
+
+@functools.cache
+def _only_instance(core: type) -> Any:
+    return core()
 
 
 def for_openvino(proto: "onnx.ModelProto") -> "onnx.ModelProto":

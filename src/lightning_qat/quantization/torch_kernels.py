@@ -269,11 +269,16 @@ class _Translation:
         for part in chain:
             self.translate(part)
         held = self.quantized.get(x)
-        if held is None or held.steps != wanted.steps:
-            args = (self.float(x), *wanted.steps, torch.quint8)
-            rounded = self.graph.call_function(torch.quantize_per_tensor, args)
-            held = Quantized(rounded, *wanted.steps)
-        return self.clamped(held, wanted.limits)
+        if held is not None and held.steps == wanted.steps:
+            return self.clamped(held, wanted.limits)
+        # torch.quantize_per_tensor multiplies by 1 / scale, which rounds some values differently.
+        made = self.graph.call_function(aten.div, (self.float(x), wanted.scale))
+        made = self.graph.call_function(aten.round_, (made,))
+        made = self.graph.call_function(aten.add_, (made, wanted.zero_point))
+        made = self.graph.call_function(aten.clamp_, (made, *wanted.limits))
+        made = self.graph.call_function(aten.to, (made, torch.uint8))
+        make = torch._make_per_tensor_quantized_tensor
+        return replace(wanted, node=self.graph.call_function(make, (made, *wanted.steps)))
 
     def clamped(self, held: Quantized, limits: tuple[int, int]) -> Quantized:
         low, high = max(held.limits[0], limits[0]), min(held.limits[1], limits[1])
