@@ -31,12 +31,11 @@ from lightning_qat.quantization.lower import lower
 from lightning_qat.quantization.network import prepare
 from lightning_qat.quantization.onnx_export import export_onnx
 from lightning_qat.quantization.onnx_names import input_names, output_names
-from lightning_qat.quantization.qconfig import QConfig
+from lightning_qat.quantization.qconfig import QCONFIGS
 
 os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")  # NNCF compiles its kernels once
 ENGINE = "x86"
-# Ranges of all values: beyond 7 bits, torch and OpenVINO saturate on a CPU without VNNI.
-QCONFIG = QConfig(ENGINE, observer="min_max")
+QCONFIG = QCONFIGS[ENGINE]
 STEPS = 2
 LIMIT = 15 * 60  # seconds
 FILE = RESULTS / "networks.json"

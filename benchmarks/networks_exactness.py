@@ -107,11 +107,11 @@ def compare_onnx(
     feeds = dict(zip([x.name for x in proto.graph.input], _arrays(example), strict=False))
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
-        options = _options(onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED, proto)
+        options = _options(onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED)
         options.optimized_model_filepath = str(optimized)
         _session(proto, options)
         graph_of_runtime = onnx.load(optimized)
-    session = _session(proto, _options(onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL, proto))
+    session = _session(proto, _options(onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL))
     found = [torch.from_numpy(x) for x in session.run(None, feeds)]
     row: dict[str, Any] = _count_layers(graph_of_runtime.graph)
     row |= _by_layer(proto, graph_of_runtime, feeds, integers_of(net, example)).row()
@@ -123,13 +123,11 @@ def _arrays(example: Example) -> list[np.ndarray]:
     return [x.numpy() for x in tree_leaves(example) if isinstance(x, Tensor)]
 
 
-def _options(level: Any, proto: onnx.ModelProto) -> onnxruntime.SessionOptions:
+def _options(level: Any) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     options.graph_optimization_level = level
-    # Without VNNI, the default kernels saturate for 8-bit activations and 8-bit weights.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 
@@ -169,7 +167,7 @@ def _by_layer(
     graph = optimized.graph
     given = {x.name for x in graph.output}
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in given)
-    plain = _options(onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL, proto)
+    plain = _options(onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
     values = dict(zip(names, _session(optimized, plain).run(names, feeds), strict=True))
     own = {name: _nearest(values[name], integers.get(steps[name], [])) for name in names}
     fed = {name: x.astype(values[name].dtype) for name, x in own.items() if x is not None}

@@ -53,13 +53,11 @@ def table(result: dict[str, Any]) -> str:
         "# Networks that people use",
         "",
         "Random weights and batch-norm statistics, noise as images, seed 0, one thread. qconfig "
-        "`x86` with the ranges of all values seen, two training steps (NNCF calibrates). "
+        "`x86`, two training steps (NNCF calibrates). "
         "*Distance*: relative norm between the "
         "outputs of the INT8 model and of the network that was trained or calibrated; random "
         "weights amplify every rounding that differs. *Layer by layer*: each layer gets the "
-        "fake-quantized network's own integers, so it is one layer's own error. ONNX Runtime runs "
-        "with `session.x64quantprecision=1`, without which its kernels may saturate on a CPU "
-        "without VNNI.",
+        "fake-quantized network's own integers, so it is one layer's own error.",
         "",
         origin_in_words(result),
         "",

@@ -211,3 +211,37 @@ def test_a_clamp_between_layers_does_not_hide_the_range() -> None:
     found = forms(net, BRIGHT)
     assert torch.equal(found.onnx, found.fake_quant)
     assert apart(found.fake_quant, found.kernels) < 1e-5
+
+
+class SumOfTwo(nn.Module):
+    """Add two layers, one of the first channel and one of the second: N x 2 x H x W."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(2, 1, 1, bias=False) for _ in range(2))
+        self.last = nn.Conv2d(1, 1, 1)
+        with torch.no_grad():
+            self.first.weight.copy_(torch.tensor([1.0, 0.0]).view(1, 2, 1, 1))
+            self.second.weight.copy_(torch.tensor([0.0, 0.7]).view(1, 2, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x) + self.second(x))
+
+
+def test_a_sum_rounds_every_pair_of_integers_as_onnx_runtime_does() -> None:
+    net, grid = SumOfTwo(), torch.linspace(-1, 1, 400)
+    x = torch.cartesian_prod(grid, 1.5 * grid).T.reshape(1, 2, 400, 400)
+    quantization: Any = trained(net, torch.cat([x, x]), lr=0, steps=1)
+    # With these ranges, 179 pairs of integers lie so near to a half that the order of float
+    # operations decides.
+    ranges = {
+        "first/conv2d.0": (0.87, 0.38),
+        "second/conv2d.0": (0.57, 0.97),
+        "/add.0": (0.75, 0.83),
+    }
+    for name, (low, high) in ranges.items():
+        activation: Any = quantization.activation(f"{name}:out")
+        activation.low.fill_(-low)
+        activation.high.fill_(high)
+    found = forms(net, x)
+    assert torch.equal(found.onnx, found.fake_quant)

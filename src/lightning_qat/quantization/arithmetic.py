@@ -172,8 +172,9 @@ class Quantize(Calls):
         scale, zero_point = self._qparams(call.steps)
         a, b = (torch.round(a / a_scale).add_(a_zero), torch.round(b / b_scale).add_(b_zero))
         a_ratio, b_ratio = a_scale / scale, b_scale / scale
-        fixed = zero_point - (a_ratio * a_zero + b_ratio * b_zero)
         # fused multiply-adds, the second input first: exact in float64, then rounded to float32
+        zeros = a_ratio.double() * a_zero + (b_ratio * b_zero).double()
+        fixed = zero_point - zeros.float()
         first = b.double().mul_(b_ratio.double()).add_(fixed.double()).float()
         total = a.double().mul_(a_ratio.double()).add_(first.double()).float()
         return total.round_().sub_(zero_point)
