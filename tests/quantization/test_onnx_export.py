@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from lightning_qat.errors import UserError
 from lightning_qat.quantization.exported import export_program
+from lightning_qat.quantization.lower import lower
 from lightning_qat.quantization.onnx_export import export_onnx
 from lightning_qat.quantization.onnx_names import input_names, output_names
+from tests.quantization.training import trained
 
 Q = torch.ops.lightning_qat
 
@@ -222,3 +225,28 @@ def test_missing_packages_are_named(images: Tensor, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UserError, match=r"pip install 'lightning-qat\[onnx\]'"):
         export_onnx(program, ["images"], ["logits"])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "added"),
+    [(2, 2, 0, 0), (4, 2, 1, 0), (3, 2, 1, 1), (3, 2, 1, 0), (5, 3, 0, 2), (1, 2, 0, 0)],
+)
+def test_a_transposed_convolution_runs_in_integers(
+    kernel: int, stride: int, padding: int, added: int, tmp_path: Path
+) -> None:
+    up = nn.ConvTranspose2d(6, 5, kernel, stride, padding, added)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), up, nn.ReLU(), nn.Conv2d(5, 4, 1))
+    x = torch.randn(2, 3, 8, 7)
+    trained(net, x)
+    proto = export_onnx(lower(net, (x,)), ["x"], ["y"])
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
+    nodes = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert nodes.count("QLinearConv") == 3
+    assert not {"Conv", "ConvTranspose"} & {*nodes}
+    with torch.no_grad():
+        expected = net(torch.cat([x, x]))
+    (found,) = session.run(None, {"x": torch.cat([x, x]).numpy()})
+    assert np.array_equal(found, expected.numpy())

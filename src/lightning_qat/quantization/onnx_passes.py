@@ -7,6 +7,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from lightning_qat.quantization.onnx_transposed import replace_transposed
+
 _PADDED_WITH = {"Conv": 0.0, "MaxPool": -np.inf}  # the padding value of each operator
 
 
@@ -15,6 +17,7 @@ def optimize(proto: onnx.ModelProto) -> None:
     _quantize_once(proto.graph)
     _fold_pads(proto.graph)
     _fix_reshapes(proto.graph)
+    replace_transposed(proto.graph)
     _remove_unused(proto.graph)
     _crop_kernels(proto)
     _separate_zero_points(proto.graph)

@@ -272,13 +272,16 @@ class _Translation:
         if held is not None and held.steps == wanted.steps:
             return self.clamped(held, wanted.limits)
         # torch.quantize_per_tensor multiplies by 1 / scale, which rounds some values differently.
-        made = self.graph.call_function(aten.div, (self.float(x), wanted.scale))
-        made = self.graph.call_function(aten.round_, (made,))
-        made = self.graph.call_function(aten.add_, (made, wanted.zero_point))
-        made = self.graph.call_function(aten.clamp_, (made, *wanted.limits))
-        made = self.graph.call_function(aten.to, (made, torch.uint8))
-        make = torch._make_per_tensor_quantized_tensor
-        return replace(wanted, node=self.graph.call_function(make, (made, *wanted.steps)))
+        integers = self.graph.call_function(aten.div, (self.float(x), wanted.scale))
+        for function, args in (
+            (aten.round_, ()),
+            (aten.add_, (wanted.zero_point,)),
+            (aten.clamp_, wanted.limits),
+            (aten.to, (torch.uint8,)),
+            (torch._make_per_tensor_quantized_tensor, wanted.steps),
+        ):
+            integers = self.graph.call_function(function, (integers, *args))
+        return replace(wanted, node=integers)
 
     def clamped(self, held: Quantized, limits: tuple[int, int]) -> Quantized:
         low, high = max(held.limits[0], limits[0]), min(held.limits[1], limits[1])
