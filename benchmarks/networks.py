@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from lightning_qat.atomic import atomic_path
 from lightning_qat.quantization.lower import lower
-from lightning_qat.quantization.network import prepare
 from lightning_qat.quantization.onnx_export import export_onnx
 from lightning_qat.quantization.onnx_names import input_names, output_names
+from lightning_qat.quantization.prepare import prepare
 from lightning_qat.quantization.qconfig import QCONFIGS
 
 os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")  # NNCF compiles its kernels once

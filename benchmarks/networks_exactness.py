@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_qat.quantization.arithmetic import Quantize
-from lightning_qat.quantization.network import Quantization, quantization_of
+from lightning_qat.quantization.attach import quantization_of
+from lightning_qat.quantization.network import Quantization
 from lightning_qat.quantization.to_openvino import for_openvino
 
 LAYERS = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lightning_qat import to_onnx
 from lightning_qat.deployment.latency import measure_latency
-from lightning_qat.quantization.network import prepare
+from lightning_qat.quantization.prepare import prepare
 from lightning_qat.quantization.qconfig import QCONFIGS
 from lightning_qat.quantization.to_openvino import for_openvino
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_qat.quantization.network import quantized_networks
+from lightning_qat.quantization.attach import quantized_networks
 
 MATRIX_SIZE = {"cuda": 8192, "cpu": 512}
 PRODUCTS = 20

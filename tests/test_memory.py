@@ -15,7 +15,8 @@ from lightning_qat.deployment.deployed import DeployedModel
 from lightning_qat.network import resnet18
 from lightning_qat.quantization import QCONFIGS
 from lightning_qat.quantization.convert import convert
-from lightning_qat.quantization.network import Quantization, prepare
+from lightning_qat.quantization.network import Quantization
+from lightning_qat.quantization.prepare import prepare
 from lightning_qat.quantization.torch_model import torch_script
 from tests.conftest import GIVES_BACK
 from tests.long_run import look

@@ -16,7 +16,7 @@ from training_ours import Ours
 
 from lightning_qat.errors import UserError
 from lightning_qat.network import Stem, resnet18
-from lightning_qat.quantization.network import quantized_networks
+from lightning_qat.quantization.attach import quantized_networks
 from tests.benchmarks.test_latency import Clock, benchmark
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lightning_qat.deployment.deployed import DeployedModel, PixelModel
 from lightning_qat.deployment.description import PIXELS, UNIT, Description
 from lightning_qat.deployment.export import export as export_model
-from lightning_qat.quantization.network import prepare
 from lightning_qat.quantization.overrides import Overrides
+from lightning_qat.quantization.prepare import prepare
 from lightning_qat.quantization.qconfig import QConfig, named_qconfig
 from tests.quantization.networks import SmallNet
 

@@ -11,8 +11,8 @@ from torch.ao.nn import quantized as nnq
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
+from lightning_qat.quantization.attach import quantization_of
 from lightning_qat.quantization.lower import lower
-from lightning_qat.quantization.network import quantization_of
 from lightning_qat.quantization.onnx_export import export_onnx
 
 INTEGER_LAYERS = (

@@ -10,7 +10,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_qat import PostTrainingQuantization, QuantizationAwareTraining
-from lightning_qat.quantization.network import copy_network, detach, quantization_of
+from lightning_qat.quantization.attach import detach, quantization_of
+from lightning_qat.quantization.prepare import copy_network
 from tests.quantization.comparisons import (
     apart,
     in_onnx_runtime,

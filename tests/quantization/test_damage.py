@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qat import UserError, layer_damage
-from lightning_qat.quantization.network import detach, quantization_of
+from lightning_qat.quantization.attach import detach, quantization_of
 from lightning_qat.report.layers import write_layers_csv
 from tests.deployment.artifacts import calibrated
 from tests.quantization.networks import SmallNet, images

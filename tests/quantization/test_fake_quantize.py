@@ -22,7 +22,7 @@ from lightning_qat.quantization.fake_quantize import (
     WeightFakeQuantize,
 )
 from lightning_qat.quantization.learned_scale import LearnedScaleFakeQuantize
-from lightning_qat.quantization.network import prepare
+from lightning_qat.quantization.prepare import prepare
 from lightning_qat.quantization.qconfig import Engine, Observer, Scales
 from tests.quantization.networks import SmallNet, images
 

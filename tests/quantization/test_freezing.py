@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import BaseFinetuning, ModelCheckpoint
 from torch import Tensor
 
 from lightning_qat import QuantizationAwareTraining
-from lightning_qat.quantization.network import quantization_of
+from lightning_qat.quantization.attach import quantization_of
 from tests.quantization.comparisons import same, scales
 from tests.quantization.networks import SmallModule, loader, trainer_with
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from lightning_qat import PostTrainingQuantization, QuantizationAwareTraining, UserError
 from lightning_qat.quantization import QCONFIGS, QConfig
-from lightning_qat.quantization.network import prepare, quantization_of
+from lightning_qat.quantization.attach import quantization_of
 from lightning_qat.quantization.overrides import Overrides
+from lightning_qat.quantization.prepare import prepare
 from tests.quantization.comparisons import int8_apart, integer_layers
 from tests.quantization.networks import Block, SmallModule, SmallNet, images, loader, trainer_with
 from tests.quantization.training import forms, trained

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_qat import QuantizationAwareTraining
 from lightning_qat.quantization import QCONFIGS
-from lightning_qat.quantization.network import copy_network, detach, prepare, quantization_of
+from lightning_qat.quantization.attach import detach, quantization_of
+from lightning_qat.quantization.prepare import copy_network, prepare
 from tests.quantization.comparisons import apart, int8_apart
 from tests.quantization.networks import SmallModule, SmallNet, images, loader, trainer_with
 from tests.quantization.peoples_networks import Siamese

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lightning_qat.quantization import QCONFIGS, QConfig
 from lightning_qat.quantization.convert import convert
 from lightning_qat.quantization.lower import lower
-from lightning_qat.quantization.network import Quantization, prepare
+from lightning_qat.quantization.network import Quantization
+from lightning_qat.quantization.prepare import prepare
 from tests.quantization.comparisons import run_onnx
 
 

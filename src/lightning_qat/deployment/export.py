@@ -12,8 +12,8 @@ from lightning_qat.deployment.deployed import save_torchscript
 from lightning_qat.deployment.description import PIXELS, Description
 from lightning_qat.deployment.onnx_export import from_program, save_onnx
 from lightning_qat.deployment.openvino_export import is_installed, save_openvino
+from lightning_qat.quantization.attach import quantized_networks
 from lightning_qat.quantization.lower import lower
-from lightning_qat.quantization.network import quantized_networks
 from lightning_qat.quantization.to_onnx import program_of
 from lightning_qat.quantization.torch_kernels import to_torch_kernels
 from lightning_qat.quantization.torch_model import torch_script

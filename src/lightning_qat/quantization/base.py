@@ -12,6 +12,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_qat.errors import UserError
+from lightning_qat.quantization.attach import attach, quantization_of
 from lightning_qat.quantization.checkpoints import (
     KEY,
     SaveScales,
@@ -36,45 +37,40 @@ from lightning_qat.quantization.guards import (
     warn_of_learned_scales,
 )
 from lightning_qat.quantization.learned_scale import LearnedScaleFakeQuantize, learned_scales
-from lightning_qat.quantization.network import (
-    Quantization,
-    attach,
-    copy_network,
-    prepare,
-    quantization_of,
-)
+from lightning_qat.quantization.network import Quantization
 from lightning_qat.quantization.overrides import Overrides
+from lightning_qat.quantization.prepare import copy_network, prepare
 from lightning_qat.quantization.qconfig import describe, resolve_overrides, resolve_qconfig
 
 log = logging.getLogger(__name__)
 
 
 class QuantizationCallback(pl.Callback):
-    """Prepares ``target`` when ``fit`` sets up, and holds a converted copy when it has ended.
+    """Prepare ``target`` when ``fit`` begins, and hold a converted copy after its end.
 
     Preparation comes before Lightning restores a checkpoint, builds optimizers and wraps the module
-    for DDP: learned scales get optimized. No range moves unless a training step runs.
+    for DDP. So learned scales are optimized. Ranges change only in training steps.
 
-    With several processes, the ranges and the batch-norm statistics of rank 0 count: DDP hands its
-    buffers out before each training step, and this callback before validation and when ``fit``
-    ends. So all processes validate, and end, with the same scales.
+    With several processes, the ranges and the batch-norm statistics of rank 0 count. DDP sends its
+    buffers to the others before each training step. This callback sends them before validation and
+    at the end of ``fit``, so that all processes validate and end with the same scales.
 
     Args:
         qconfig: a name (see ``lightning_qat.qconfigs()``), a ``QConfig`` or torch's ``QConfig``.
         target: dotted name of the submodule to quantize; None = what the LightningModule's own
             ``forward`` runs, or its only network where it has no ``forward``.
-        overrides: another qconfig for some layers, by their name in ``target`` (which covers what
-            is below it; ``layer_damage`` lists them) or by their type; None keeps them in float.
-        only: the one layer, or part, that is quantized, as to see what it costs; None = all.
-        example_inputs: what ``target`` is called with: a tensor, a tuple, or a dictionary of
-            keyword arguments. None = found by ``example_input_array`` or the first training batch.
+        overrides: another qconfig for some layers, by type or by name in ``target``. A name covers
+            all layers below it; ``layer_damage`` lists the names. None keeps the layer in float.
+        only: the layer or part that is quantized, for example to measure its damage; None = all.
+        example_inputs: the arguments of ``target``: a tensor, a tuple, or a dictionary of keyword
+            arguments. None = take ``example_input_array`` or the first training batch.
         allow_saturation: permit a qconfig whose sums this CPU's kernels cannot hold.
 
     Attributes:
-        in_float: the layers that stay in float, by name: the reason.
-        networks: after ``fit``, ``target`` as ``"fp32"`` (as it was before; not where it came
-            quantized) and ``"fake_quant"`` (trained) and ``"int8"`` (converted): modules on the
-            CPU, in eval mode.
+        in_float: the reason for each layer that stays in float, by name.
+        networks: after ``fit``, three forms of ``target`` on the CPU, in eval mode: ``"fp32"``
+            (before the fit, if it was float then), ``"fake_quant"`` (trained), ``"int8"``
+            (converted).
 
     Raises:
         UserError: a qconfig that cannot be used here. It is a ValueError.
@@ -109,7 +105,7 @@ class QuantizationCallback(pl.Callback):
 
     @property
     def int8_model(self) -> nn.Module:
-        """The converted network, on the CPU: takes what ``target`` takes, gives what it gives."""
+        """The converted network on the CPU. Its inputs and outputs are those of ``target``."""
         if "int8" not in self.networks:
             raise RuntimeError("there is no INT8 model yet: it is made when `trainer.fit` ends.")
         return self.networks["int8"]
@@ -118,9 +114,9 @@ class QuantizationCallback(pl.Callback):
         """Load a checkpoint of a quantization run into a fresh module, to test, predict or convert.
 
         Args:
-            pl_module: as it was given to ``fit``; is changed in place.
-            ckpt_path: a checkpoint that was written while this kind of callback, with the same
-                arguments, was at work. Nothing in it is executed.
+            pl_module: the module as it was before ``fit``. It is changed in place.
+            ckpt_path: a checkpoint of a fit with this kind of callback and the same arguments.
+                Nothing in the file is executed.
 
         Returns:
             ``pl_module``, fake-quantized; ``int8_model`` is converted from it.
@@ -150,10 +146,10 @@ class QuantizationCallback(pl.Callback):
         return pl_module
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when fit, validate, test or predict begins: prepare ``target`` for a fit.
+        """Called when fit, validate, test or predict begins. Prepare ``target`` for a fit.
 
-        A network or a data set that the module makes in its own ``setup`` or ``configure_model`` is
-        waited for. A second ``fit`` goes on with the quantized network.
+        If the module makes its network or data in ``setup`` or ``configure_model``, prepare after
+        that. A second ``fit`` goes on with the quantized network.
 
         Raises:
             UserError: there is no such submodule, or it cannot be quantized.
@@ -180,7 +176,7 @@ class QuantizationCallback(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Called when Lightning has restored the weights: restore the scales that belong to them.
+        """Called after Lightning has restored the weights. Restore their scales.
 
         Raises:
             UserError: a fit is continued from a checkpoint without scales.
@@ -198,7 +194,7 @@ class QuantizationCallback(pl.Callback):
             self._quantization(pl_module).load_scales(state["current_scales"])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called before the sanity check, which must not move a range."""
+        """Called before the sanity check. Stop observing, so that it changes no range."""
         for name in ("fake_quant", "int8"):  # of an earlier fit
             self.networks.pop(name, None)
         self._best_before = None if trainer.ckpt_path else best_file(trainer)
@@ -208,18 +204,18 @@ class QuantizationCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Called after the optimizer step: neither validation nor a later test may move a range.
+        """Called after the optimizer step. Stop observing until the next training step.
 
         Raises:
-            UserError: the first step that uses the network has shown nothing to some observer, or
-                no step of the first epoch uses it.
+            UserError: the first step that uses the network gave some observer no data, or no step
+                of the first epoch uses the network.
         """
         quantization = self._quantization(pl_module)
         quantization.observe(False)
         if not quantization.is_ready:
             unobserved = quantization.unobserved()
             if len(unobserved) == quantization.count and not trainer.is_last_batch:
-                return  # a step may do without the network, as a GAN's do in turns
+                return  # a GAN, for example, uses each network in every second step
             refuse_unobserved(unobserved, self._target_name(pl_module))
             quantization.is_ready = True
             # each process has initialized them by its own images
@@ -229,15 +225,15 @@ class QuantizationCallback(pl.Callback):
                 module.follow_optimizer()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called before validation: every process validates the same network."""
+        """Called before validation. Send the network of rank 0 to all processes."""
         self._share(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called while the processes can still talk."""
+        """Called before the processes end. Send the network of rank 0 to all processes."""
         self._share(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called at the end: convert a copy; ``target`` stays the trained, quantized network."""
+        """Called at the end of fit. Convert a copy; ``target`` itself stays fake-quantized."""
         if not self._quantization(pl_module).is_ready:
             rank_zero_warn("no training step has run, so there is nothing to convert to INT8.")
             return
@@ -260,7 +256,7 @@ class QuantizationCallback(pl.Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Called when training breaks off: a later ``test`` may not move a range either."""
+        """Called after an error. Stop observing, so that a later ``test`` changes no range."""
         if self._has_target(pl_module):
             quantization = quantization_of(self._network(pl_module))
             if quantization is not None:
@@ -276,7 +272,7 @@ class QuantizationCallback(pl.Callback):
         self.networks["int8"] = convert(net, self.engine)
 
     def _share(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # DDP by itself leaves the last step's apart, and all of them in manual optimization (PTQ)
+        # DDP does not send the buffers of the last step, nor any in manual optimization (PTQ).
         tensors = [*self._network(pl_module).buffers(), *self._quantization(pl_module).buffers()]
         self._take_from_rank_0(trainer, tensors)
 
@@ -316,7 +312,7 @@ class QuantizationCallback(pl.Callback):
         self._register(pl_module, quantization)
 
     def _register(self, pl_module: pl.LightningModule, quantization: Quantization) -> None:
-        """Let the optimizer, DDP and ``to`` find the scales: as a submodule beside the network."""
+        """Add the scales as a submodule, so that the optimizer, DDP and ``to`` find them."""
         quantization.scheme = self._scheme
         quantization.target = self._target_name(pl_module)
         pl_module.add_module(self._child_name(pl_module), quantization)

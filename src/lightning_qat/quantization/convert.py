@@ -8,8 +8,8 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from lightning_qat.errors import UserError
+from lightning_qat.quantization.attach import quantization_of
 from lightning_qat.quantization.lower import lower
-from lightning_qat.quantization.network import quantization_of
 
 
 def convert(net: nn.Module, engine: str, example: Any = None) -> nn.Module:

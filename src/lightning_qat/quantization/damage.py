@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from lightning_qat.errors import UserError
 from lightning_qat.quantization.arithmetic import Quantize
+from lightning_qat.quantization.attach import quantization_of
 from lightning_qat.quantization.calls import CLAMPS
 from lightning_qat.quantization.fake_quantize import along
-from lightning_qat.quantization.network import Quantization, copy_network, quantization_of
+from lightning_qat.quantization.network import Quantization
+from lightning_qat.quantization.prepare import copy_network
 
 _IMAGES_AT_ONCE = 32  # each batch needs memory for a few copies of a layer's output
 _KINDS = {"relu": "ReLU", "relu6": "ReLU6"}

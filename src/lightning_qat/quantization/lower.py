@@ -10,8 +10,9 @@ from torch.utils import _pytree as pytree
 
 from lightning_qat.errors import UserError
 from lightning_qat.quantization import ops  # noqa: F401  (registers the operators)
+from lightning_qat.quantization.attach import quantized_networks
 from lightning_qat.quantization.exported import export_program
-from lightning_qat.quantization.network import Quantization, quantized_networks
+from lightning_qat.quantization.network import Quantization
 
 
 def lower(

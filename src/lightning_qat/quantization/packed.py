@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_qat.quantization.network import Quantization, quantization_of
+from lightning_qat.quantization.attach import quantization_of
+from lightning_qat.quantization.network import Quantization
 from lightning_qat.quantization.qconfig import fits_16_bits, saturates
 
 _WORD = 4  # bytes of a scale (float32), a bias (int32), a float parameter (float32)

@@ -8,9 +8,9 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from lightning_qat.errors import UserError
+from lightning_qat.quantization.attach import quantization_of, quantized_networks
 from lightning_qat.quantization.exported import export_program
 from lightning_qat.quantization.lower import lower
-from lightning_qat.quantization.network import quantization_of, quantized_networks
 from lightning_qat.quantization.onnx_export import export_onnx
 from lightning_qat.quantization.onnx_names import input_names, output_names
 
