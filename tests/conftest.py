@@ -34,6 +34,25 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore:{message}:{category.__name__}")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort files so that both processes are busy from the first test to the last.
+
+    One process makes ``road`` while the other runs slow files without it. Fast files come last.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    with_road = {item.path for item in items if "road" in getattr(item, "fixturenames", ())}
+    first = min(with_road, default=None)
+
+    def place(item: pytest.Item) -> int:
+        if item.path == first:
+            return 0
+        if item.path in with_road:
+            return 2
+        return 1 if item.path in slow else 3
+
+    items.sort(key=place)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Run a test with the mark `alone` while the other processes wait, because it measures time."""

@@ -13,7 +13,7 @@ def printed(capsys: pytest.CaptureFixture[str], folder: Path, right: float) -> l
     metrics["accuracy"] = dict.fromkeys(["fp32", "fake_quant", "int8", "onnx", "openvino"], right)
     metrics["accuracy"] |= {f"{name}_uint8": right for name in ("int8", "onnx", "openvino")}
     metrics["test_images"] = 360
-    metrics["agreement"] = {f"{name}_uint8_vs_int8": 1.0 for name in ("int8", "onnx", "openvino")}
+    metrics["agreement"] = {f"{x}_uint8_vs_fake_quant": 1.0 for x in ("int8", "onnx", "openvino")}
     metrics["latency_ms"]["int8_torchscript"] = {"p50": 123.45, "p95": 234.56}
     print_metrics(metrics)
     return capsys.readouterr().out.splitlines()

@@ -97,7 +97,7 @@ AGREEMENT = {
     "onnx_vs_fake_quant": 1.0,
     "int8_vs_fake_quant": 0.999,
     "onnx_vs_int8": 0.999,
-    "openvino_vs_int8": 0.995,
+    "openvino_vs_fake_quant": 0.995,
 }
 ACCURACY = 0.001  # the largest permitted difference between accuracies of the same integers
 CHANCE = 1  # images whose two best classes may differ by one rounding, in any test set

@@ -131,15 +131,15 @@ def evaluate(
     layers: list[dict[str, Any]] = []
     unlike = torch.empty(0, dtype=torch.int64)
     if files:
-        pairs = [("int8", "fake_quant"), *((name, "int8") for name in files if name != "int8")]
-        exact = [("onnx", "fake_quant")] if "onnx" in files else []
+        trained = logits["fake_quant"]
         figures["agreement"] = {
-            f"{name}_vs_{other}": agreement(logits[name], logits[other])
-            for name, other in pairs + exact
+            f"{name}_vs_fake_quant": agreement(logits[name], trained) for name in files
         }
         figures["bit_identical"] = {
-            f"{name}_vs_{other}": identical(logits[name], logits[other]) for name, other in exact
+            f"{name}_vs_fake_quant": identical(logits[name], trained) for name in files
         }
+        if "onnx" in files:
+            figures["agreement"]["onnx_vs_int8"] = agreement(logits["onnx"], logits["int8"])
         figures["size_bytes"]["int8_packed"] = packed_bytes(networks["fake_quant"])
         figures["activation_range"] = activation_range(networks["fake_quant"])
         warnings += shortfalls(accuracies, figures["agreement"], len(labels))

@@ -24,10 +24,10 @@ FILE_NAME = "report.html"
 
 _COLOURS = {"fp32": "fp32", "fake_quant": "fake-quant"}  # all other networks are INT8
 _PAIRS = [  # a network and the network that it should agree with
-    ("int8", "fake_quant"),
     ("onnx", "fake_quant"),
+    ("int8", "fake_quant"),
+    ("openvino", "fake_quant"),
     ("onnx", "int8"),
-    ("openvino", "int8"),
     ("int8", "fp32"),
 ]
 _MOST_CONFUSED = 10

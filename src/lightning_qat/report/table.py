@@ -9,9 +9,6 @@ from rich.table import Table
 from lightning_qat.report.intervals import wilson
 from lightning_qat.report.titles import NETWORKS, fastest, network, slower_in_int8, title
 
-# Whose prediction a network's is compared with.
-_REFERENCE = {"int8": "fake_quant"}
-
 
 def print_metrics(metrics: dict[str, Any]) -> None:
     """Print accuracy, agreement, size and latency of every network and runtime of a run."""
@@ -40,7 +37,7 @@ def print_metrics(metrics: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         "accuracy (95 % interval). ms: median (p95) of one image on one thread."
-        + "\nagrees: INT8 TorchScript with fake-quant, the others with INT8 TorchScript."
+        + "\nagrees: images that get the same class as from the network that was validated."
         * ("agreement" in metrics)
     )
     latency_ms = metrics["latency_ms"]
@@ -58,7 +55,7 @@ def print_metrics(metrics: dict[str, Any]) -> None:
 def _figures(metrics: dict[str, Any], name: str) -> list[str]:
     accuracy = metrics["accuracy"][name]
     low, high = wilson(accuracy, metrics["test_images"])
-    agreement = metrics.get("agreement", {}).get(f"{name}_vs_{_REFERENCE.get(name, 'int8')}")
+    agreement = metrics.get("agreement", {}).get(f"{name}_vs_fake_quant")
     size = metrics["size_bytes"].get(name)
     return [
         f"{accuracy:.2%} ({100 * low:.3g}-{100 * high:.3g})",
