@@ -10,8 +10,7 @@ benchmarks/results/latency_<model>.json and .md, and prints the fastest artifact
 
 Result at 1 image and 1 thread, one run each of 1 minute on 2 cores of an AMD EPYC (Zen 5, VNNI):
 ResNet18 with ImageNet's stem, INT8 in ONNX Runtime 0.15 ms, 36.5x FP32 eager and 3.8x the best FP32
-runtime; with the CIFAR stem (weights of 8 training steps, which had diverged), INT8 in OpenVINO
-1.22 ms, 10.2x and 4.2x. The files in results/ hold all figures, with commit and versions.
+runtime. The files in results/ hold all figures, with commit and versions.
 """
 
 import argparse
