@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qat.errors import UserError
@@ -245,3 +246,35 @@ def test_a_sum_rounds_every_pair_of_integers_as_onnx_runtime_does() -> None:
         activation.high.fill_(high)
     found = forms(net, x)
     assert torch.equal(found.onnx, found.fake_quant)
+
+
+class Padded(nn.Module):
+    """Convolutions with TensorFlow's uneven padding: N x 3 x 8 x 8 -> N x 4 x 2 x 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU6())
+        self.second = nn.Conv2d(8, 8, 3, 2, groups=8)
+        self.third = nn.Conv2d(8, 4, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(F.pad(self.first(x), (0, 1, 0, 1)))
+        return self.third(F.pad(x, (0, 1, 0, 1), mode="replicate"))
+
+
+def test_padding_keeps_the_scale_so_that_values_are_rounded_once() -> None:
+    net = Padded()
+    quantization: Any = trained(net, images(32)[0])
+    assert list(quantization.plan.activations) == [
+        "first.0/conv2d.0:in0", "first.0/conv2d.0:out", "second/conv2d.0:out", "third/conv2d.0:out"
+    ]  # fmt: skip
+    found = forms(net, BRIGHT)
+    assert torch.equal(found.onnx, found.fake_quant)
+
+
+def test_padding_with_another_value_than_0_has_a_scale_of_its_own() -> None:
+    net: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConstantPad2d(1, 9.0), nn.Conv2d(8, 4, 3))
+    trained(net, images(32)[0])
+    found = forms(net, images(32)[0])
+    assert torch.equal(found.onnx, found.fake_quant)
+    assert found.fake_quant.abs().max() > 0.5

@@ -7,7 +7,8 @@ of its inputs was rounded. Functions that only move values keep the scale.
 """
 
 import collections
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,10 @@ class _Planner:
         self.producers: dict[str, QConfig] = {}  # fake-quantizer -> scheme of its layer or sum
         self.consumers: dict[str, list[int]] = collections.defaultdict(list)
         self._name_layers()
-        first, last = self._ends_of_network()
+        inputs, outputs = operator.attrgetter("inputs"), operator.attrgetter("outputs")
+        order = range(len(self.records))
+        first = self._no_layer_before(order, inputs, outputs)
+        last = self._no_layer_before(reversed(order), outputs, inputs)
         for index, record in enumerate(self.records):
             self._carry_scale(record)
             if index in self.schemes and self._is_worth_rounding(record):
@@ -143,31 +147,27 @@ class _Planner:
             and all(x.is_floating_point() for x in tensors(record.args))
         )
 
-    def _ends_of_network(self) -> tuple[set[int], set[int]]:
-        """Return the records of layers without an earlier layer, and without a later layer."""
+    def _no_layer_before(
+        self,
+        order: Iterable[int],
+        takes: Callable[[Record], list[int]],
+        gives: Callable[[Record], list[int]],
+    ) -> set[int]:
+        """Return the records of layers that no other layer leads to, in ``order``."""
         behind: set[int] = set()  # values after a layer
-        first: set[int] = set()
-        for index, record in enumerate(self.records):
-            is_layer = record.function in LAYERS
-            after = any(value in behind for value in record.inputs)
-            if is_layer and not after:
-                first.add(index)
-            if is_layer or after:
-                behind.update(record.outputs)
-        before: set[int] = set()  # values before a layer
-        last: set[int] = set()
-        for index in reversed(range(len(self.records))):
+        found: set[int] = set()
+        for index in order:
             record = self.records[index]
             is_layer = record.function in LAYERS
-            leads = any(value in before for value in record.outputs)
-            if is_layer and not leads:
-                last.add(index)
-            if is_layer or leads:
-                before.update(record.inputs)
-        return first, last
+            after = any(value in behind for value in takes(record))
+            if is_layer and not after:
+                found.add(index)
+            if is_layer or after:
+                behind.update(gives(record))
+        return found
 
     def _carry_scale(self, record: Record) -> None:
-        if record.function in SAME_VALUES and record.inputs and record.inputs[0] in self.quantized:
+        if _moves_values(record) and record.inputs and record.inputs[0] in self.quantized:
             name, _ = self.quantized[record.inputs[0]]
             self.quantized.update(dict.fromkeys(record.outputs, (name, True)))
 
@@ -184,8 +184,7 @@ class _Planner:
             record = self.records[index]
             if record.function in LAYERS and index in self.layers:
                 return True
-            moves = record.function in SAME_VALUES
-            if moves and any(self._is_read_by_layer(x) for x in record.outputs):
+            if _moves_values(record) and any(self._is_read_by_layer(x) for x in record.outputs):
                 return True
         return False
 
@@ -276,6 +275,14 @@ _PRODUCTS = {
     torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__,
     F.scaled_dot_product_attention,
 }  # fmt: skip
+
+
+def _moves_values(record: Record) -> bool:
+    """Return True if the outputs have the scale of the input. Every scale has an integer for 0."""
+    if record.function is F.pad:
+        value = record.args[3] if len(record.args) > 3 else record.kwargs.get("value")
+        return not value
+    return record.function in SAME_VALUES
 
 
 def _samples(record: Record) -> int:
